@@ -1,0 +1,254 @@
+"""Open a model: find its attention sites, put ports at them, and take everything back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from transformers import PreTrainedModel
+
+import steer_patches.families  # noqa: F401  (registers the family data)
+from steer_patches import interface
+from steer_patches.blocks import Tape
+from steer_patches.clock import Clock
+from steer_patches.family import Family, family_of
+from steer_patches.processors import Ports, UnhookableProcessor, steered_class
+from steer_patches.site import Layout, Scope, Site
+from steer_patches.swap import put, subclass, swap
+
+
+class SiteLost(RuntimeError):
+    """Something replaced an attention processor (or implementation) after steer was applied."""
+
+
+def plain(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside `torch.compile`'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
+def find_sites(model: torch.nn.Module, scope: Scope | None = None) -> list[Site]:
+    """Every attention site of a diffusers or transformers model, in the order of `named_modules`."""
+    model, scope = plain(model), scope or Scope()
+    family = family_of(model)
+    if isinstance(model, PreTrainedModel):
+        found = [_transformers_site(name, module) for name, module in interface.attention_modules(model)]
+    else:
+        found = [
+            _diffusers_site(name, module)
+            for name, module in model.named_modules()
+            if callable(getattr(module, "processor", None))
+        ]
+    for index, site in enumerate(found):
+        site.index, site.scope = index, scope
+        if family is not None:
+            site.kind = family.kind_of(site.name) or site.kind
+            site.main_port = family.main_port if site.ports > family.main_port else 0
+    return found
+
+
+def _diffusers_site(name: str, module: Any) -> Site:
+    heads = module.heads
+    width = module.to_q.out_features if hasattr(module, "to_q") else module.inner_dim
+    head_dim = width // heads
+    kv_width = module.to_k.out_features if getattr(module, "to_k", None) is not None else width
+    kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
+    site = Site(name, 0, kind, heads, max(kv_width // head_dim, 1), head_dim, type(module.processor).__name__)
+    try:
+        site.ports = steered_class(type(module.processor))._steer_ports  # type: ignore[attr-defined]
+    except UnhookableProcessor as error:
+        site.ports, site.refusal = 0, str(error)
+    return site
+
+
+def _transformers_site(name: str, module: Any) -> Site:
+    config = module.config
+    heads = getattr(module, "num_heads", None) or config.num_attention_heads
+    kv_heads = heads // getattr(module, "num_key_value_groups", 1)
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
+    implementation = config._attn_implementation.removeprefix("steer_")
+    site = Site(name, 0, "causal" if module.is_causal else "self", heads, kv_heads, head_dim, implementation)
+    if implementation not in interface.BASES:
+        site.ports, site.refusal = 0, f"attention implementation {implementation!r} cannot be hooked; use sdpa or eager"
+    return site
+
+
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], dict[str, Any]], Any]
+
+
+class Attachment:
+    """steer's hooks on one model.
+
+    Args:
+        model: a diffusers or transformers model, possibly wrapped by `torch.compile`.
+        clock: follows the pipeline that owns the model.
+
+    Attributes:
+        sites: all attention sites; `site.chain` holds what runs at each.
+        tape: the stage blocks.
+        around: if set, called as `around(forward, args, kwargs, arguments)` in place of the model's forward.
+        before: called before every forward, once the clock is set.
+    """
+
+    def __init__(self, model: torch.nn.Module, clock: Clock) -> None:
+        self.model, self.inner, self.clock = model, plain(model), clock
+        self.family: Family | None = family_of(self.inner)
+        self.scope = Scope()
+        self.sites = find_sites(self.inner, self.scope)
+        self.tape = Tape(self.inner, self.family)
+        self.around: Around | None = None
+        self.before: list[Callable[[], None]] = []
+        self._signature = inspect.signature(type(self.inner).forward)
+        self._undo: list[Callable[[], None]] = []
+        self._modules: list[tuple[Site, Any]] = []
+        try:
+            self._attach()
+        except BaseException:
+            self.remove()
+            raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+    def _attach(self) -> None:
+        modules = dict(self.inner.named_modules())
+        self._modules = [(site, modules[site.name]) for site in self.sites if site.ports]
+        if isinstance(self.inner, PreTrainedModel):
+            self._undo.append(interface.set_steered(self.inner))
+        for site, module in self._modules:
+            self._undo.append(put(module, "_steer_site", site))
+            processor = getattr(module, "processor", None)
+            if processor is not None and not isinstance(processor, Ports):
+                self._undo.append(swap(processor, steered_class(type(processor))))
+        if hasattr(self.inner, "cache_context"):
+            self._undo.append(put(self.inner, "_steer_clock", self.clock))
+            self._undo.append(swap(self.inner, subclass(type(self.inner), Announcing)))
+        self._undo.append(put(self.model, "_steer_gate", self.gate))
+        self._undo.append(swap(self.model, subclass(type(self.model), Gated)))
+        self.clock.scopes.append(self.scope)
+        self.scope.run = self.clock.run
+        self.clock.on_run.append(self.verify)
+        self._undo.append(lambda: self.clock.scopes.remove(self.scope))
+        self._undo.append(lambda: self.clock.on_run.remove(self.verify))
+
+    def remove(self) -> None:
+        """Take everything back; the model is exactly what it was."""
+        self.tape.remove()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def verify(self) -> None:
+        """Raise `SiteLost` if a site no longer passes through its port."""
+        for site, module in self._modules:
+            processor = getattr(module, "processor", None)
+            if processor is not None:
+                kept = isinstance(processor, Ports)
+                now = type(processor).__name__
+            else:
+                now = getattr(getattr(module, "config", None), "_attn_implementation", "")
+                kept = now.startswith("steer_")
+            if not kept:
+                raise SiteLost(
+                    f"the attention processor of {site.name} was replaced after steer.apply "
+                    f"({site.processor} -> {now}), so the method would be skipped there. Call handle.remove() before "
+                    "fuse_qkv_projections(), load_ip_adapter(), set_attn_processor() or the like; apply again after."
+                )
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The forward's arguments by name."""
+        bound = self._signature.bind_partial(self.inner, *args, **kwargs).arguments
+        bound.pop(next(iter(self._signature.parameters)), None)
+        extra = bound.pop("kwargs", {})
+        return {**bound, **extra}
+
+    def gate(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Every forward of the model enters here, outside compiled regions."""
+        if torch.compiler.is_compiling():
+            if self.around is not None:
+                raise RuntimeError(
+                    "guidance needs a second pass outside the compiled graph: compile in place with "
+                    "model.compile() or model.compile_repeated_blocks(), or call torch.compile before steer.apply"
+                )
+            return forward(*args, **kwargs)
+        if self.clock.pipeline is None:
+            self.verify()
+        self.clock.denoiser_called()
+        arguments = self.arguments(args, kwargs)
+        self.scope.layout = self._layout(arguments)
+        self.scope.rows = self._rows(arguments)
+        for hook in self.before:
+            hook()
+        if self.around is None:
+            return forward(*args, **kwargs)
+        return self.around(forward, args, kwargs, arguments)
+
+    def _layout(self, arguments: Mapping[str, Any]) -> Layout | None:
+        if self.family is None or self.family.grid is None:
+            return None
+        grid = self.family.grid(self.inner, arguments)
+        tokens = grid[0] * grid[1] * grid[2] if grid is not None and self.family.tokens_from_grid else None
+        return Layout(tokens, grid, self.family.text_first)
+
+    def _rows(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        pipeline, run = self.clock.pipeline, self.clock.run
+        if pipeline is None or self.family is None or self.family.cfg == "none":
+            return ("cond",)
+        if self.family.cfg == "sequential":
+            uncond = "uncond" in run.branch if run.branch else run.calls > 1
+            return ("uncond",) if uncond else ("cond",)
+        batch = batch_of(arguments)
+        if run.calls == 1:
+            run.batch = batch
+        if not does_cfg(pipeline, run.arguments) or (run.batch and batch * 2 == run.batch):
+            return ("cond",)
+        return ("uncond", "cond")
+
+
+def batch_of(arguments: Mapping[str, Any]) -> int:
+    """Number of rows of a forward: the first dimension of its first tensor argument."""
+    return next(value.shape[0] for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1)
+
+
+def does_cfg(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the pipeline's current run puts unconditional rows into its batches."""
+    stated = getattr(pipeline, "do_classifier_free_guidance", None)
+    if stated is not None:
+        return bool(stated)
+    return float(arguments.get("guidance_scale") or 0.0) > 1.0
+
+
+class Gated:
+    """Mixed into a model: its calls enter through the attachment's gate."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        gate = self.__dict__.get("_steer_gate")
+        forward = super().__call__  # type: ignore[misc]
+        return forward(*args, **kwargs) if gate is None else gate(forward, args, kwargs)
+
+
+class Announcing:
+    """Mixed into a model whose pipelines announce the CFG branch: tells the clock."""
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Any:
+        clock: Clock | None = self.__dict__.get("_steer_clock")
+        with super().cache_context(name, **kwargs):  # type: ignore[misc]
+            if clock is not None:
+                clock.run.branch = name
+            yield
+        if clock is not None:
+            clock.run.branch = None
+
+
+def denoisers(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The pipeline's models that methods attach to: transformers and UNets, not text encoders or autoencoders."""
+    names = ("transformer", "transformer_2", "unet")
+    found = {name: getattr(pipeline, name, None) for name in names}
+    return {name: model for name, model in found.items() if isinstance(model, torch.nn.Module)}
+
+
+__all__ = ["Attachment", "ModelMixin", "SiteLost", "batch_of", "denoisers", "find_sites", "plain"]

@@ -1,0 +1,43 @@
+"""FLUX.1: double blocks and single blocks, both over [text, image]; guidance-distilled, true CFG in two calls."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from steer_patches.family import UNTUNED, Family, Grid, Preset, Stage, register
+
+
+def grid(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Grid:
+    """Rows and columns from the position ids; a sequence with reference images is given as one row."""
+    tokens, ids = arguments["hidden_states"].shape[1], arguments.get("img_ids")
+    if ids is None or torch.compiler.is_compiling():
+        return 1, 1, tokens
+    width = _width(ids[0] if ids.ndim == 3 else ids)
+    return (1, tokens // width, width) if tokens % width == 0 else (1, 1, tokens)
+
+
+def _width(ids: torch.Tensor) -> int:
+    """Tokens before the row number first changes."""
+    changes = (ids[1:, 1] != ids[:-1, 1]).nonzero()
+    return int(changes[0]) + 1 if len(changes) else len(ids)
+
+
+RETURNS = ("encoder_hidden_states", "hidden_states")
+
+FLUX = register(
+    Family(
+        name="FLUX",
+        models=("FluxTransformer2DModel",),
+        kinds={"*.attn": "joint"},
+        stages=(Stage("transformer_blocks", RETURNS), Stage("single_transformer_blocks", RETURNS)),
+        grid=grid,
+        text_first=True,
+        cfg="sequential",
+        presets={
+            "PAG": Preset({"layers": "transformer_blocks.13"}, UNTUNED),
+            "SEG": Preset({"layers": "transformer_blocks.13"}, UNTUNED),
+            "SLG": Preset({"layers": "transformer_blocks.13"}, UNTUNED),
+        },
+    )
+)

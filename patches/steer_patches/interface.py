@@ -1,0 +1,90 @@
+"""transformers: one registered attention name per base implementation, its mask function with it.
+
+Registering the attention alone would drop padding masks silently, so both are always registered together. The name is
+set on the configurations of one model only and taken back from each of them on removal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
+
+from steer_patches.site import Call, run_chain
+
+BASES = ("sdpa", "eager", "flash_attention_2")
+
+
+def _base_function(base: str, module: torch.nn.Module) -> Callable[..., Any]:
+    if base == "eager":  # every modeling file brings its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def steered_name(base: str) -> str:
+    """The attention implementation that passes through ports and ends in `base`; registers it on first use."""
+    if base not in BASES:
+        raise ValueError(f"attention implementation {base!r} cannot be hooked; use one of {', '.join(BASES)}")
+    name = f"steer_{base}"
+    if name in AttentionInterface._global_mapping:
+        return name
+
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        inner = _base_function(base, module)
+        site = module.__dict__.get("_steer_site")
+        if site is None or not site.chain:
+            return inner(module, query, key, value, attention_mask, **kwargs)
+        scale = kwargs.pop("scaling", None)
+        causal = kwargs.pop("is_causal", None)
+        if causal is None:
+            causal = bool(getattr(module, "is_causal", False))
+        # an explicit mask already holds the causal rule, and a single query sees every key
+        call_is_causal = causal and attention_mask is None and query.shape[2] > 1
+        call = Call(query, key, value, attention_mask, scale, call_is_causal, site, 0, extra=kwargs)
+
+        def terminal(call: Call) -> torch.Tensor:
+            out, _ = inner(
+                module, call.query, call.key, call.value, call.mask, scaling=call.scale, is_causal=causal, **call.extra
+            )
+            return out.transpose(1, 2)
+
+        return run_chain(site.chain, 0, call, terminal).transpose(1, 2), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def set_steered(model: PreTrainedModel) -> Callable[[], None]:
+    """Switch every configuration of `model` to its steered implementation; returns the function that restores each."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    after = [steered_name(config._attn_implementation) for config in configs]  # all checked before the first is set
+    for (config, _), name in zip(before, after, strict=True):
+        config._attn_implementation_internal = name
+
+    def undo() -> None:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+    return undo
+
+
+def attention_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """The (name, module) pairs that call the attention interface."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "is_causal") and (hasattr(module, "scaling") or hasattr(module, "scale"))
+    ]

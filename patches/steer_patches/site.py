@@ -1,0 +1,221 @@
+"""Sites, calls and layouts: the words in which a method sees a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+ROLES = ("uncond", "cond", "perturbed", "source", "target", "reference")
+KINDS = ("self", "cross", "joint", "temporal", "causal")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where image (or video) and text tokens lie in the sequences of one forward.
+
+    Args:
+        image_tokens: number of visual tokens of one row, or None where it differs from site to site (UNets).
+        grid: (frames, height, width) of the visual tokens in raster order; in a UNet, of the latents at its entry.
+        text_first: True where joint sequences run [text, image], False for [image, text].
+    """
+
+    image_tokens: int | None = None
+    grid: tuple[int, int, int] | None = None
+    text_first: bool = False
+
+    def spans(self, tokens: int) -> tuple[slice, slice]:
+        """(image, text) slices of a sequence of `tokens` tokens."""
+        image = tokens if self.image_tokens is None else min(self.image_tokens, tokens)
+        if self.text_first:
+            return slice(tokens - image, tokens), slice(0, tokens - image)
+        return slice(0, image), slice(image, tokens)
+
+    def grid_of(self, image_tokens: int) -> tuple[int, int, int]:
+        """The (frames, height, width) grid that has `image_tokens` tokens; halves a UNet's latents until it fits."""
+        if self.grid is None:
+            raise ValueError("this model's family states no token grid; give one in its layout file")
+        frames, height, width = self.grid
+        if self.image_tokens is None:
+            frames = 1
+            while height * width > image_tokens and max(height, width) > 1:
+                height, width = (height + 1) // 2, (width + 1) // 2
+        if frames * height * width != image_tokens:
+            raise ValueError(f"{image_tokens} image tokens do not fill the grid {self.grid} of this model's input")
+        return frames, height, width
+
+
+@dataclass(eq=False)
+class Run:
+    """Position inside one pipeline call or one `generate`. Read it outside compiled regions only.
+
+    Args:
+        step: index of the current step, from 0.
+        num_steps: number of steps of the run, once known.
+        branch: name of the CFG branch in flight, where the pipeline states it.
+        calls: denoiser calls made in this step so far.
+        batch: rows of the step's first denoiser call.
+        phase: "denoise", "prefill" or "decode".
+        arguments: the pipeline's arguments of this run, defaults filled in.
+    """
+
+    step: int = 0
+    num_steps: int | None = None
+    branch: str | None = None
+    calls: int = 0
+    batch: int | None = None
+    phase: str = "denoise"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Any = field(default=None, repr=False)
+
+    @property
+    def timestep(self) -> float | None:
+        """The scheduler's current timestep (0 to 1000 for most schedulers)."""
+        return self._scheduled("timesteps")
+
+    @property
+    def sigma(self) -> float | None:
+        """The scheduler's current noise level, where it has one."""
+        return self._scheduled("sigmas")
+
+    def _scheduled(self, name: str) -> float | None:
+        values = getattr(self.scheduler, name, None)
+        if values is None or self.num_steps is None:
+            return None
+        skipped = len(self.scheduler.timesteps) - self.num_steps  # image-to-image starts late in the schedule
+        return float(values[min(skipped + self.step, len(values) - 1)])
+
+
+class Scope:
+    """What all sites of one model share: the rows and layout of the forward in flight, and the run."""
+
+    def __init__(self) -> None:
+        self.rows: tuple[str, ...] = ("cond",)
+        self.layout: Layout | None = None
+        self.run = Run()
+
+
+@dataclass(eq=False)
+class Site:
+    """One attention module of a model.
+
+    Args:
+        name: dotted path of the module, e.g. `transformer_blocks.13.attn`.
+        index: number of the site in the order of `named_modules`.
+        kind: "self", "cross", "joint", "temporal" or "causal".
+        heads, kv_heads, head_dim: query heads, key/value heads, channels of a head.
+        processor: class name of the attention processor or implementation.
+        ports: attention calls in that processor's source; 0 where it cannot be hooked.
+        main_port: the ordinary one among them (others attend to image prompts and the like).
+        refusal: why it cannot be hooked, else None.
+    """
+
+    name: str
+    index: int
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    processor: str
+    ports: int = 1
+    main_port: int = 0
+    refusal: str | None = None
+    chain: tuple[Any, ...] = ()
+    scope: Scope = field(default_factory=Scope, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())  # a copied or pickled module comes out unsteered
+
+
+@dataclass(eq=False)
+class Call:
+    """One attention call in flight.
+
+    Args:
+        query: (B, H, S, D). key, value: (B, H_kv, S_kv, D).
+        mask: boolean (True = attend) or additive mask, broadcastable to (B, H, S, S_kv), or None.
+        scale: factor on query-key products; None = 1 / sqrt(D).
+        is_causal: the backend applies a causal mask.
+        site, port: where the call is made.
+        heads: boolean (H, 1, 1) mask of the heads that the current method may edit; None = all.
+        extra: what the model's own backend needs besides.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float | None
+    is_causal: bool
+    site: Site
+    port: int
+    heads: torch.Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> Call:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @property
+    def layout(self) -> Layout | None:
+        """Layout of the forward in flight; None where the model's family is unknown."""
+        return self.site.scope.layout
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Role of each equal share of the batch, in order, e.g. ("uncond", "cond")."""
+        return self.site.scope.rows
+
+    @property
+    def run(self) -> Run:
+        """Position in the run; outside compiled regions only."""
+        return self.site.scope.run
+
+    @property
+    def softmax_scale(self) -> float:
+        """The scale that the backend will use."""
+        return self.scale if self.scale is not None else self.query.shape[-1] ** -0.5
+
+    def spans(self) -> tuple[slice, slice]:
+        """(image, text) slices of this call's query sequence. Sites that are not joint hold image tokens only."""
+        tokens = self.query.shape[2]
+        if self.site.kind != "joint":
+            return slice(0, tokens), slice(tokens, tokens)
+        if self.layout is None:
+            raise ValueError(
+                f"no layout is known for the joint attention at {self.site.name}: its family is not covered"
+            )
+        return self.layout.spans(tokens)
+
+    def expanded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value with one head per query head (grouped-query attention unrolled)."""
+        groups = self.query.shape[1] // self.key.shape[1]
+        if groups == 1:
+            return self.key, self.value
+        return self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
+
+    def part(self, queries: slice, keys: slice) -> Call:
+        """The same call with some of its queries over some of its keys; the mask is cut to match."""
+        mask = self.mask
+        if mask is not None:
+            if mask.ndim == 2:  # (B, S_kv) key padding, as diffusers' native backend accepts it
+                mask = mask[:, None, None, :]
+            if mask.shape[-2] != 1:
+                mask = mask[..., queries, :]
+            if mask.shape[-1] != 1:
+                mask = mask[..., keys]
+        return self.replace(
+            query=self.query[:, :, queries], key=self.key[:, :, keys], value=self.value[:, :, keys], mask=mask
+        )
+
+
+Next = Callable[[Call], torch.Tensor]
+
+
+def run_chain(chain: tuple[Any, ...], index: int, call: Call, terminal: Next) -> torch.Tensor:
+    """Pass `call` through `chain[index:]` and then the model's own backend; (B, H, S, D)."""
+    if index == len(chain):
+        return terminal(call)
+    return chain[index].attend(call, lambda changed: run_chain(chain, index + 1, changed, terminal))

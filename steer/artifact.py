@@ -1,0 +1,148 @@
+"""Save a method's settings and replay them exactly: `steer.json` and `steer.safetensors`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from steer.method import Method, methods
+from steer_patches.attach import find_sites, plain
+
+FORMAT = 1
+JSON, TENSORS = "steer.json", "steer.safetensors"
+
+
+class FingerprintError(ValueError):
+    """A saved method meets a model it was not made for."""
+
+
+def fingerprint(models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    """Class, configuration and attention sites of each model, by component name."""
+    return {key: _fingerprint_of(plain(model)) for key, model in models.items()}
+
+
+def _fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    known = {k: v for k, v in config.items() if not k.startswith("_") and k not in VOLATILE}
+    text = json.dumps(known, sort_keys=True, default=str)
+    names = [site.name for site in find_sites(model)]
+    return {
+        "class": type(model).__name__,
+        "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "config": json.loads(text),
+        "sites": names,
+    }
+
+
+VOLATILE = ("torch_dtype", "dtype", "transformers_version", "name_or_path")
+
+
+def check_fingerprint(method: Method, models: Mapping[str, torch.nn.Module]) -> None:
+    """Raise `FingerprintError`, saying what differs, where a loaded method was made for another model."""
+    wanted = method.__dict__.get("_loaded_fingerprint")
+    if not wanted:
+        return
+    here = fingerprint(models)
+    for key, then in wanted.items():
+        now = here.get(key) or next(iter(here.values()))
+        if then["class"] != now["class"]:
+            differs = f"it was made for {then['class']}, this is {now['class']}"
+        elif then["sites"] != now["sites"]:
+            differs = f"it was made for {len(then['sites'])} attention sites, this model has {len(now['sites'])}"
+        elif then["config_hash"] != now["config_hash"]:
+            keys = sorted(set(then["config"]) | set(now["config"]))
+            changed = [k for k in keys if then["config"].get(k) != now["config"].get(k)]
+            differs = "the configurations differ in " + ", ".join(
+                f"{k} ({then['config'].get(k)} -> {now['config'].get(k)})" for k in changed
+            )
+        else:
+            continue
+        raise FingerprintError(f"this saved {type(method).__name__} does not fit the model: {differs}")
+
+
+def save(method: Method, directory: str | Path) -> None:
+    """Write a method's fields into `directory`; see `Method.save`."""
+    folder = Path(directory)
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    tensors = {name: value.detach().contiguous() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+    document = {
+        "format": FORMAT,
+        "method": type(method).__name__,
+        "fields": {name: _to_json(name, value) for name, value in fields.items() if name not in tensors},
+        "tensors": sorted(tensors),
+        "versions": {name: _version(name) for name in ("steer-attention", "torch", "diffusers", "transformers")},
+        "fingerprint": method.__dict__.get("_fingerprint") or method.__dict__.get("_loaded_fingerprint"),
+    }
+    text = json.dumps(document, indent=2, sort_keys=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JSON).write_text(text + "\n")
+    if tensors:
+        save_file(tensors, folder / TENSORS)
+    else:
+        (folder / TENSORS).unlink(missing_ok=True)
+
+
+def load(directory: str | Path) -> Method:
+    """Read a method that `Method.save` wrote; applying it checks that the model is the one it was made for.
+
+    Raises:
+        FileNotFoundError: no `steer.json` there.
+        ValueError: a newer format, or a method or field that this version does not know.
+    """
+    folder = Path(directory)
+    if not (folder / JSON).is_file():
+        raise FileNotFoundError(f"{folder} holds no {JSON}; it is written by method.save({str(directory)!r})")
+    document = json.loads((folder / JSON).read_text())
+    if document.get("format") != FORMAT:
+        raise ValueError(f"{folder / JSON} has format {document.get('format')}; this version of steer reads {FORMAT}")
+    known = methods()
+    cls = known.get(document["method"])
+    if cls is None:
+        raise ValueError(f"{folder / JSON} holds a {document['method']}; this version knows {', '.join(known)}")
+    fields = {name: _from_json(value) for name, value in document["fields"].items()}
+    if document["tensors"]:
+        tensors = load_file(folder / TENSORS)
+        fields.update({name: tensors[name] for name in document["tensors"]})
+    names = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - names)
+    if unknown:
+        raise ValueError(f"{folder / JSON} has fields that {cls.__name__} does not: {', '.join(unknown)}")
+    method = cls(**fields)
+    method.__dict__["_loaded_fingerprint"] = document.get("fingerprint")
+    return method
+
+
+def _to_json(name: str, value: Any) -> Any:
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, float) and value == float("inf"):
+        return {"float": "inf"}
+    if isinstance(value, Mapping):
+        return {"mapping": {k: list(v) for k, v in value.items()}}
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"field {name}={value!r} of type {type(value).__name__} cannot be saved")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        kind, content = next(iter(value.items()))
+        return {"range": lambda c: range(*c), "float": float, "mapping": dict}[kind](content)
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

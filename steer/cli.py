@@ -1,0 +1,129 @@
+"""The `steer` command. Packages add commands through the entry-point group `steer.commands`."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import diffusers
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import steer
+from steer.method import Method
+from steer_patches.family import FAMILIES, Family
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training-free attention methods for HF models.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure; every ratio comes with its error.")
+app.add_typer(bench_app, name="bench")
+console = Console()
+
+
+@app.command()
+def doctor() -> None:
+    """Say what runs on this machine, and why the rest does not."""
+    report = steer.doctor()
+    for check in report.checks:
+        mark = "[green]ok[/]" if check.ok else "[yellow]no[/]"
+        console.print(f"{mark}  {check.name}: {check.detail}", highlight=False)
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def methods(markdown: Annotated[bool, typer.Option(help="Print the README's table.")] = False) -> None:
+    """List the methods, and the model families that each works on."""
+    if markdown:
+        print(methods_table_markdown())
+        return
+    table = Table("method", "what it does", "families")
+    for name, method in steer.methods().items():
+        families = [family.name for family in FAMILIES if _works_on(method, family)]
+        table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], ", ".join(families))
+    console.print(table)
+
+
+def methods_table_markdown() -> str:
+    """Methods x model families, from the registry: the preset's layers if there is one, a dash where it cannot run."""
+    rows = ["| family | " + " | ".join(steer.methods()) + " |", "|---" * (len(steer.methods()) + 1) + "|"]
+    for family in sorted(FAMILIES, key=lambda f: f.name.lower()):
+        cells = [_cell(method, family) for method in steer.methods().values()]
+        rows.append(f"| {family.name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _works_on(method: type[Method], family: Family) -> bool:
+    if getattr(method, "skips_blocks", False):
+        return any(stage.returns for stage in family.stages)
+    return any(kind in method.kinds for kind in family.kinds.values())
+
+
+def _cell(method: type[Method], family: Family) -> str:
+    if not _works_on(method, family):
+        return "–"
+    preset = family.presets.get(method.__name__)
+    return f"`{preset.settings['layers']}`" if preset else "give `layers=`"
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="Embedded model name, local folder, hub id, or diffusers class name.")],
+) -> None:
+    """Print a model's attention sites as a table."""
+    target = _open(model)
+    table = Table("#", "site", "kind", "heads", "kv heads", "head dim", "processor", "ports", title=model)
+    for site in steer.sites(target):
+        ports = str(site.ports) if site.ports else f"[yellow]cannot be hooked: {site.refusal}[/]"
+        numbers = (str(site.heads), str(site.kv_heads), str(site.head_dim))
+        table.add_row(str(site.index), site.name, site.kind, *numbers, site.processor, ports)
+    console.print(table)
+
+
+def _open(name: str) -> Any:
+    """A pipeline or model by embedded name, folder or hub id."""
+    try:
+        from steer_demos.models import load
+    except ImportError:
+        from diffusers import DiffusionPipeline
+
+        return DiffusionPipeline.from_pretrained(name)
+    loaded = load(name)
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+@bench_app.command("guidance")
+def bench_guidance(
+    layers: Annotated[str, typer.Option(help="Perturbed blocks of the 24-block SD3, comma separated.")] = "7,13,18",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 5,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
+    small: Annotated[bool, typer.Option(help="A tiny setting that shows the mechanics, not the speed.")] = False,
+    output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Seconds of guidance with and without prefix sharing, beside diffusers' PAG pipelines."""
+    from steer.bench_guidance import run
+
+    run(
+        [int(n) for n in layers.split(",")], repeats=repeats, device=device, small=small, output=output, console=console
+    )
+
+
+def main() -> None:
+    """Entry point of the `steer` script."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+    for entry in sorted(entry_points(group="steer.commands"), key=lambda e: e.name):
+        try:
+            app.command(entry.name)(entry.load())
+        except ImportError as error:  # a demo's optional dependency is missing: the other commands still work
+            print(f"steer {entry.name} is not available: {error}", file=sys.stderr)
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The base of all methods: the fields they share, their registry, and how they are saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from steer.select import parse_steps
+from steer_patches.site import ROLES, Call, Next
+
+STAGES = ("inputs", "scores", "output", "kernel")  # from the outermost wrapper to the innermost
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(kw_only=True)
+class Method:
+    """One training-free method: a dataclass of settings with one function to write, `attend`.
+
+    Args:
+        layers: glob or globs over site names or their dotted prefixes ("transformer_blocks.{8..14}", "mid_block");
+            None = the preset of the model's family.
+        heads: query heads to edit at every selected site, or a mapping from layer glob to heads; None = all.
+        steps: ":" or None = all, "0.2:0.9" = fractions of the run, "3:10" or a range = step indices.
+        rows: only the batch rows of this role ("cond", "uncond", ...); None = all.
+        min_tokens: the method stays out of attention calls with fewer queries than this.
+    """
+
+    layers: str | Sequence[str] | None = None
+    heads: Mapping[str, Sequence[int]] | Sequence[int] | None = None
+    steps: str | range | None = None
+    rows: str | None = None
+    min_tokens: int = 0
+
+    kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint", "temporal", "causal")
+    stage: ClassVar[str] = "output"
+    every_port: ClassVar[bool] = False  # also the calls of image prompts and the like
+
+    def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not register:
+            return
+        if cls.stage not in STAGES:
+            raise TypeError(f"{cls.__name__}.stage is {cls.stage!r}; it must be one of {', '.join(STAGES)}")
+        known = _REGISTRY.get(cls.__name__)
+        if known is not None and known.__module__.startswith("steer.methods.") and known.__module__ != cls.__module__:
+            raise TypeError(f"a method named {cls.__name__} exists already in {known.__module__}; choose another name")
+        _REGISTRY[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        parse_steps(self.steps)
+        if self.rows is not None and self.rows not in ROLES:
+            raise ValueError(f"rows={self.rows!r} is no row role; choose from {', '.join(ROLES)}")
+        if self.min_tokens < 0:
+            raise ValueError(f"min_tokens={self.min_tokens} must not be negative")
+
+    def attend(self, call: Call, next: Next) -> torch.Tensor:
+        """Compute one attention call, (B, H, S, D); `next(call)` is the rest of the chain and the model's own."""
+        raise NotImplementedError(f"{type(self).__name__} defines no attend(call, next)")
+
+    def is_neutral(self) -> bool:
+        """True where these settings change nothing, so that the method is not even installed."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            default = field.default
+            if isinstance(value, torch.Tensor) or not (value is default or value == default):
+                changed[field.name] = value
+        return changed
+
+    def describe(self) -> str:
+        """Short form for summaries, e.g. `PAG(scale=3.0)`."""
+        return f"{type(self).__name__}({', '.join(f'{k}={_short(v)}' for k, v in self.settings().items())})"
+
+    def save(self, directory: str) -> None:
+        """Write `steer.json` and, for tensor fields, `steer.safetensors` into `directory`. See `steer.load`."""
+        from steer.artifact import save
+
+        save(self, directory)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"tensor{tuple(value.shape)}"
+    return repr(value)
+
+
+def methods() -> dict[str, type[Method]]:
+    """All registered methods by name."""
+    return dict(sorted(_REGISTRY.items()))

@@ -1,0 +1,439 @@
+"""What is applied to one target: its hooks, its methods, and the chains that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from transformers import PreTrainedModel
+
+from steer.guidance import Guidance, Guide
+from steer.method import STAGES, Method
+from steer.select import SelectorError, expand_braces, head_mask, is_active, listing, matches, select
+from steer_patches.attach import Attachment, denoisers, find_sites, plain
+from steer_patches.blocks import find_blocks
+from steer_patches.clock import Clock
+from steer_patches.family import Family, family_of
+from steer_patches.processors import UnhookableProcessor
+from steer_patches.site import Call, Next, Run, Site
+from steer_patches.swap import put
+
+
+class CompositionError(ValueError):
+    """Two methods, or a method and a target, cannot be used together."""
+
+
+class Link:
+    """One method at one site: keeps it to its rows, heads and lengths. What `site.chain` is made of."""
+
+    def __init__(self, method: Method, heads: torch.Tensor | None, rows: str | None) -> None:
+        self.method, self.heads, self.rows = method, heads, rows
+
+    def attend(self, call: Call, next: Next) -> torch.Tensor:
+        method = self.method
+        if call.port != call.site.main_port and not method.every_port:
+            return next(call)
+        if call.query.shape[2] < method.min_tokens:
+            return next(call)
+        outer = call.heads
+        heads = self.heads if self.heads is None else self.heads.to(call.query.device)
+        call = call.replace(heads=heads)
+
+        def inner(changed: Call) -> torch.Tensor:
+            return next(changed.replace(heads=outer))
+
+        chosen = [self.rows is None or _covers(self.rows, role) for role in call.rows]
+        if all(chosen):
+            return method.attend(call, inner)
+        if not any(chosen):
+            return inner(call)
+        batch = call.query.shape[0]
+        each = batch // len(chosen)
+        parts = []
+        for i, mine in enumerate(chosen):
+            part = _rows_of(call, slice(i * each, (i + 1) * each), batch)
+            parts.append(method.attend(part, inner) if mine else inner(part))
+        return torch.cat(parts)
+
+
+def _covers(wanted: str, role: str) -> bool:
+    """Perturbed rows are conditional ones too: a method for "cond" stays on in the perturbed pass."""
+    return wanted == role or (wanted == "cond" and role == "perturbed")
+
+
+def _rows_of(call: Call, rows: slice, batch: int) -> Call:
+    mask = call.mask
+    if mask is not None and mask.ndim in (2, 4) and mask.shape[0] == batch:
+        mask = mask[rows]
+    return call.replace(query=call.query[rows], key=call.key[rows], value=call.value[rows], mask=mask)
+
+
+@dataclass(eq=False)
+class Binding:
+    """One method on one model: the sites and blocks that its selectors gave.
+
+    Args:
+        method: the method.
+        model: key of the model within the target.
+        sites: site name -> head mask (None = all heads).
+        blocks: indices of the blocks that the perturbed pass skips.
+        prefix: number of leading blocks that the method leaves unedited.
+        passes, shared_blocks: counted while running.
+    """
+
+    method: Any
+    model: str
+    sites: dict[str, torch.Tensor | None]
+    blocks: tuple[int, ...] = ()
+    prefix: int = 0
+    passes: int = 0
+    shared_blocks: int = 0
+
+    def is_active(self, run: Run) -> bool:
+        """Whether the run's step lies in the method's steps."""
+        return is_active(self.method.steps, run.step, run.num_steps)
+
+
+def models_of(target: Any) -> dict[str, torch.nn.Module]:
+    """The models of a target that methods attach to, by component name ("" for a bare model)."""
+    if isinstance(target, DiffusionPipeline):
+        found = denoisers(target)
+        if not found:
+            raise TypeError(f"{type(target).__name__} has no transformer or unet that steer can attach to")
+        return found
+    if isinstance(plain(target), (ModelMixin, PreTrainedModel)) if isinstance(target, torch.nn.Module) else False:
+        return {"": target}
+    raise TypeError(
+        f"cannot steer a {type(target).__name__}: pass a diffusers pipeline, a diffusers model or a transformers model"
+    )
+
+
+def bind(method: Method, models: dict[str, torch.nn.Module], has_clock: bool) -> list[Binding]:
+    """Resolve a method's selectors on a target's models. Changes nothing.
+
+    Raises:
+        SelectorError: a selector that matches nothing; the message lists what exists.
+        CompositionError: the method cannot run on this target.
+    """
+    if method.steps not in (None, ":") and not has_clock:
+        raise CompositionError(
+            f"steps={method.steps!r} needs a pipeline's scheduler to count steps; this target is a bare model. "
+            "Apply the method to the pipeline, or leave steps out."
+        )
+    if method.heads is not None and len(method.heads) == 0:
+        return []
+    bindings = [_bind_one(method, key, plain(model)) for key, model in models.items()]
+    return [binding for binding in bindings if binding is not None]
+
+
+def _bind_one(method: Method, key: str, model: torch.nn.Module) -> Binding | None:
+    family = family_of(model)
+    sites, blocks = find_sites(model), find_blocks(model, family)
+    if isinstance(method, Guidance) and isinstance(model, PreTrainedModel):
+        raise CompositionError(
+            f"{type(method).__name__} guides denoisers by a second pass; {type(model).__name__} is a language model"
+        )
+    layers = method.layers
+    if layers is None and isinstance(method.heads, Mapping):
+        layers = list(method.heads)
+    if layers is None:
+        layers = _preset_layers(method, family, model)
+    if getattr(method, "skips_blocks", False):
+        skippable = [block for block in blocks if block.stage.returns]
+        if not skippable:
+            raise CompositionError(f"{type(model).__name__} has no blocks that are known to be skippable")
+        names = set(select(layers, [block.name for block in skippable], "blocks"))
+        chosen = tuple(block.index for block in skippable if block.name in names)
+        return Binding(method, key, {}, chosen, prefix=chosen[0])
+    names = select(layers, [site.name for site in sites])
+    chosen_sites = [site for site in sites if site.name in set(names) and site.kind in method.kinds]
+    if not chosen_sites:
+        kinds = ", ".join(sorted({site.kind for site in sites if site.name in set(names)}))
+        able = [site.name for site in sites if site.kind in method.kinds]
+        raise SelectorError(
+            f"layers={layers!r} matches only {kinds} attention, but {type(method).__name__} works on "
+            f"{', '.join(method.kinds)}. This model has:\n{listing(able)}"
+        )
+    refused = next((site for site in chosen_sites if not site.ports), None)
+    if refused is not None:
+        raise UnhookableProcessor(f"{refused.name}: {refused.refusal}")
+    masks = {site.name: head_mask(method.heads, site) for site in chosen_sites}
+    masks = {name: mask for name, mask in masks.items() if mask is None or bool(mask.any())}
+    prefix = min((_block_index(name, blocks) for name in masks), default=0)
+    return Binding(method, key, masks, prefix=prefix) if masks else None
+
+
+def _block_index(site: str, blocks: Sequence[Any]) -> int:
+    return next((block.index for block in blocks if f"{site}.".startswith(f"{block.name}.")), 0)
+
+
+def _preset_layers(method: Method, family: Family | None, model: torch.nn.Module) -> str | Sequence[str]:
+    """The layers that the model's family names for this method; an error where there are none on this model."""
+    preset = family.presets.get(type(method).__name__) if family else None
+    default = preset.settings.get("layers") if preset else getattr(method, "default_layers", None)
+    names = [site.name for site in find_sites(model) if site.kind in method.kinds]
+    what = "has no preset"
+    if default is not None:
+        missing = [p for p in expand_braces(default) if not any(matches(p, name) for name in names)]
+        if not missing:
+            return default
+        what = f"has the preset {default!r}, which does not exist on this model,"
+    raise SelectorError(
+        f"{type(method).__name__} {what} for {type(model).__name__}: give layers=. It has:\n{listing(names)}"
+    )
+
+
+class State:
+    """All that is applied to one target."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.models = models_of(target)
+        self.pipeline = target if isinstance(target, DiffusionPipeline) else None
+        self.groups: list[list[Binding]] = []  # one list a handle
+        self.attachments: dict[str, Attachment] = {}
+        self.clock: Clock | None = None
+        self.runs = 0
+        self.forwards = 0
+        self._shifts: dict[str, Any] = {}
+        self._chains: dict[Any, dict[str, tuple[Link, ...]]] = {}
+        self._links: dict[Any, Link] = {}
+        self._undo: list[Callable[[], None]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+    @property
+    def bindings(self) -> list[Binding]:
+        """Every installed binding, in the order applied."""
+        return [binding for group in self.groups for binding in group]
+
+    def check(self, new: list[Binding]) -> None:
+        """Raise `CompositionError` where the new bindings cannot join those installed."""
+        installed = self.bindings
+        for i, binding in enumerate(new):
+            for other in [*installed, *new[:i]]:
+                if other.model == binding.model:
+                    _check_pair(other, binding)
+        if self.pipeline is not None and any(isinstance(b.method, Guidance) for b in new):
+            name = type(self.pipeline).__name__
+            if "PAG" in name or "InstructPix2Pix" in name:
+                raise CompositionError(
+                    f"{name} batches guidance branches of its own; use the plain pipeline of the same model "
+                    "(Pipeline.from_pipe(pipe) keeps the weights)"
+                )
+        for key, model in self.models.items():
+            family = family_of(plain(model))
+            batched = [b.method for b in new if b.model == key and getattr(b.method, "extra", "") == "batched"]
+            if batched and family is not None and family.splits_rows:
+                raise CompositionError(
+                    f'{family.name} computes attention row by row; use extra="separate" instead of "batched"'
+                )
+
+    def add(self, group: list[Binding]) -> None:
+        """Install bindings; attaches to the models first if nothing was installed."""
+        if not self.attachments:
+            self._attach()
+        self.groups.append(group)
+        self._rebuild()
+
+    def drop(self, group: list[Binding]) -> None:
+        """Take bindings out; detaches from the models if they were the last."""
+        self.groups = [other for other in self.groups if other is not group]
+        if self.groups:
+            self._rebuild()
+        else:
+            self.detach()
+
+    def _attach(self) -> None:
+        try:
+            self.clock = Clock(self.pipeline)
+            self._undo.append(self.clock.remove)
+            for key, model in self.models.items():
+                attachment = Attachment(model, self.clock)
+                self._undo.append(attachment.remove)
+                self.attachments[key] = attachment
+                self._undo.append(put(model, "_steer_state", self))
+                attachment.before.append(lambda key=key: self._before(key))
+            if self.pipeline is not None:
+                self._undo.append(put(self.pipeline, "_steer_state", self))
+                self.clock.on_run.append(self._on_run)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Everything off; the target is exactly what it was."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self.attachments.clear()
+        self.groups.clear()
+
+    def _on_run(self) -> None:
+        self.runs += 1
+        for key, model in denoisers(self.pipeline).items():
+            if key in self.models and model is not self.models[key]:
+                raise CompositionError(
+                    f"pipe.{key} was replaced after steer.apply, so its methods would be skipped. Remove the handle "
+                    "first and apply again after (compile in place with model.compile() to keep the object)."
+                )
+
+    def _rebuild(self) -> None:
+        self._chains.clear()
+        for key, attachment in self.attachments.items():
+            guided = [b for b in self.bindings if b.model == key and isinstance(b.method, Guidance)]
+            attachment.tape.remove()
+            attachment.around = None
+            if guided:
+                attachment.tape.attach()
+                attachment.around = Guide(
+                    attachment, guided, lambda branch, key=key: self._set_chains(key, branch), self._shifts
+                )
+            self._set_chains(key, None)
+
+    def _before(self, key: str) -> None:
+        self.forwards += 1
+        if self._shifts.get("run") is not self.attachments[key].clock.run:
+            self._shifts.clear()
+        self._set_chains(key, None)
+
+    def _set_chains(self, key: str, branch: Binding | None) -> None:
+        """Install the chains of the ordinary pass, or of one guidance method's perturbed pass."""
+        attachment = self.attachments[key]
+        run = attachment.clock.run
+        active = tuple(
+            b
+            for b in self.bindings
+            if b.model == key and (b is branch or not isinstance(b.method, Guidance)) and _runs_now(b, run)
+        )
+        plan = (key, *(id(b) for b in active))
+        if plan not in self._chains:
+            self._chains[plan] = {s.name: self._chain(s, active) for s in attachment.sites}
+        chains = self._chains[plan]
+        for site in attachment.sites:
+            site.chain = chains[site.name]
+
+    def _chain(self, site: Site, bindings: Sequence[Binding]) -> tuple[Link, ...]:
+        here = [b for b in bindings if site.name in b.sites]
+        here.sort(key=lambda b: STAGES.index(b.method.stage))
+        return tuple(self._link(b, b.sites[site.name]) for b in here)
+
+    def _link(self, binding: Binding, heads: torch.Tensor | None) -> Link:
+        rows = "perturbed" if isinstance(binding.method, Guidance) else binding.method.rows
+        key = (id(binding), id(heads))
+        if key not in self._links:  # sites with the same settings share a link: one compiled graph for all of them
+            self._links[key] = Link(binding.method, heads, rows)
+        return self._links[key]
+
+
+def _runs_now(binding: Binding, run: Run) -> bool:
+    """Whether the binding is on at the run's position; between runs, only where it is on at every step."""
+    if run.num_steps is None:
+        return binding.method.steps in (None, ":")
+    return binding.is_active(run)
+
+
+def _check_pair(first: Binding, second: Binding) -> None:
+    a, b = first.method, second.method
+    shared = set(first.sites) & set(second.sites)
+    same = type(a) is type(b) and (a is b or shared or set(first.blocks) & set(second.blocks))
+    if same:
+        where = next(iter(shared), "the same blocks")
+        raise CompositionError(
+            f"{a.describe()} is already applied at {where}; remove its handle before applying {b.describe()}"
+        )
+    if isinstance(a, Guidance) and isinstance(b, Guidance):
+        if "batched" in (a.extra, b.extra):
+            raise CompositionError(
+                f'{a.describe()} and {b.describe()} together need extra="separate": one pass holds one perturbation'
+            )
+        return
+    if shared and a.stage == b.stage == "kernel":
+        raise CompositionError(
+            f"{a.describe()} and {b.describe()} both replace the attention kernel at {sorted(shared)[0]}; "
+            "a site has room for one"
+        )
+
+
+@dataclass(eq=False)
+class Handle:
+    """What `steer.apply` returns: switches its methods off again, and tells what they did. A context manager."""
+
+    state: State = field(repr=False)
+    methods: tuple[Method, ...]
+    bindings: list[Binding] = field(repr=False)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the methods are still applied."""
+        return any(group is self.bindings for group in self.state.groups)
+
+    def remove(self) -> None:
+        """Take these methods off; when no others are left the target is exactly what it was. Idempotent."""
+        if self.is_active:
+            self.state.drop(self.bindings)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The attention sites that these methods edit (for skipped blocks: the sites inside them)."""
+        found = []
+        for key, attachment in self.state.attachments.items():
+            mine = [b for b in self.bindings if b.model == key]
+            edited = {name for b in mine for name in b.sites}
+            skipped = [attachment.tape.blocks[i].name for b in mine for i in b.blocks]
+            found += [
+                s for s in attachment.sites if s.name in edited or any(s.name.startswith(f"{n}.") for n in skipped)
+            ]
+        return found
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What has run since `apply`: runs, denoiser forwards, and for each method its passes and shared blocks."""
+        rows = []
+        for binding in self.bindings:
+            attachment = self.state.attachments.get(binding.model)
+            total = len(attachment.tape.blocks) if attachment else 0
+            rows.append(
+                {
+                    "method": type(binding.method).__name__,
+                    "model": binding.model,
+                    "sites": len(binding.sites),
+                    "skipped_blocks": len(binding.blocks),
+                    "extra_passes": binding.passes,
+                    "shared_blocks": binding.shared_blocks,
+                    "blocks": total,
+                }
+            )
+        return {"runs": self.state.runs, "forwards": self.state.forwards, "methods": rows}
+
+    def summary(self) -> str:
+        """What is active where, in a few lines of text."""
+        lines = []
+        for method in self.methods:
+            mine = [b for b in self.bindings if b.method is method]
+            if not mine:
+                lines.append(f"{method.describe()}: neutral, not installed")
+            for binding in mine:
+                attachment = self.state.attachments.get(binding.model)
+                blocks = attachment.tape.blocks if attachment else []
+                names = list(binding.sites) or [blocks[i].name for i in binding.blocks if i < len(blocks)]
+                where = f" in {binding.model}" if binding.model else ""
+                lines.append(f"{method.describe()}{where}, {len(names)} {'sites' if binding.sites else 'blocks'}:")
+                lines.append(listing(names))
+                if binding.passes:
+                    lines.append(
+                        f"  {binding.passes} extra passes; {binding.shared_blocks} of {len(blocks)} blocks shared"
+                    )
+        if not self.is_active:
+            lines.insert(0, "removed; was:")
+        return "\n".join(lines)

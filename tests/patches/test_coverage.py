@@ -1,0 +1,224 @@
+"""The hook layer on every family: it sees every attention call, changes nothing by itself, and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import steer
+import torch
+from probes import Count, Scale, Through, assert_untouched, inputs_of, relative_error, snapshot, steer_attributes
+from steer_patches.attach import Attachment
+from steer_patches.clock import Clock
+from tiny import FAMILIES, Family, count_attention_calls, output
+
+# Attention calls that pass through no port, and why.
+UNSEEN = {
+    "mochi": (1, "`time_embed.pooler` pools the text prompt into one vector; it is no attention module with a processor"),
+}
+
+DIFFUSERS = [name for name in FAMILIES if name not in ("llama", "llava")]
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def run(model: torch.nn.Module, family: Family) -> torch.Tensor:
+    return output(model, inputs_of(family, model))
+
+
+@every_family
+def test_every_attention_call_is_seen(family: Family) -> None:
+    model, method = family.build(), Count()
+    unsteered = count_attention_calls(lambda: run(model, family))
+    with steer.apply(model, method):
+        made = count_attention_calls(lambda: run(model, family))
+    unseen, _ = UNSEEN.get(family.name, (0, ""))
+    assert made == unsteered
+    assert method.calls == made - unseen > 0
+    assert {name for name, _ in method.seen} == {site.name for site in steer.sites(model)}
+
+
+@every_family
+def test_empty_chain_is_bit_identical(family: Family) -> None:
+    model = family.build()
+    plain = run(model, family)
+    attachment = Attachment(model, Clock(None))
+    assert not any(site.chain for site in attachment.sites)
+    attached = run(model, family)
+    attachment.remove()
+    assert torch.equal(attached, plain)
+    assert steer_attributes(model) == []
+
+
+@every_family
+def test_neutral_and_inactive_methods_are_bit_identical(family: Family) -> None:
+    model = family.build()
+    plain = run(model, family)
+    before = snapshot(model)
+    with steer.apply(model, Scale(heads=[])) as handle:
+        assert_untouched(before, model)
+        assert handle.sites == []
+        assert torch.equal(run(model, family), plain)
+    with steer.apply(model, Scale(min_tokens=10_000)):
+        assert torch.equal(run(model, family), plain)
+    with steer.apply(model, Scale(rows="reference")):
+        assert torch.equal(run(model, family), plain)
+
+
+@every_family
+def test_pass_through_and_removal_are_bit_identical(family: Family) -> None:
+    model = family.build()
+    plain = run(model, family)
+    before = snapshot(model)
+    handle = steer.apply(model, Through())
+    assert torch.equal(run(model, family), plain)
+    handle.remove()
+    assert_untouched(before, model)
+    assert torch.equal(run(model, family), plain)
+    with steer.apply(model, Scale()):
+        assert not torch.equal(run(model, family), plain)
+    assert_untouched(before, model)
+    assert torch.equal(run(model, family), plain)
+
+
+@every_family
+def test_batch_of_one(family: Family) -> None:
+    model = family.build()
+    kwargs = inputs_of(family, model, batch=1)
+    plain = output(model, kwargs)
+    with steer.apply(model, Through()):
+        assert torch.equal(output(model, inputs_of(family, model, batch=1)), plain)
+
+
+@every_family
+def test_methods_come_off_in_any_order(family: Family) -> None:
+    model = family.build()
+    before = snapshot(model)
+    site = steer.sites(model)[0].name
+    first, second = steer.apply(model, Through()), steer.apply(model, Scale(layers=site))
+    alone = steer.apply(family.build(), Scale(layers=site))
+    edited = run(alone.state.target, family)
+    assert torch.equal(run(model, family), edited)
+    first.remove()
+    assert torch.equal(run(model, family), edited)
+    second.remove()
+    second.remove()
+    assert_untouched(before, model)
+
+
+@pytest.fixture
+def short_switch_interval() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@every_family
+@pytest.mark.usefixtures("short_switch_interval")
+def test_two_threads_with_two_models(family: Family) -> None:
+    models = {factor: family.build() for factor in (0.5, 0.75)}
+    for factor, model in models.items():
+        steer.apply(model, Scale(factor=factor))
+    wanted = {factor: run(model, family) for factor, model in models.items()}
+    assert not torch.equal(wanted[0.5], wanted[0.75])
+    wrong = dict.fromkeys(models, 0)
+    finished = []
+
+    def work(factor: float) -> None:
+        for _ in range(20):
+            wrong[factor] += not torch.equal(run(models[factor], family), wanted[factor])
+        finished.append(factor)
+
+    threads = [threading.Thread(target=work, args=(factor,)) for factor in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(finished) == [0.5, 0.75]
+    assert wrong == {0.5: 0, 0.75: 0}
+
+
+@every_family
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_are_plain_and_can_be_steered(family: Family, copied: object) -> None:
+    model = family.build()
+    plain = run(model, family)
+    with steer.apply(model, Scale()):
+        edited = run(model, family)
+        twin = copied(model)
+        assert torch.equal(run(model, family), edited)
+    assert type(twin) is type(model)
+    assert steer_attributes(twin) == []
+    assert torch.equal(run(twin, family), plain)
+    before = snapshot(twin)
+    with steer.apply(twin, Scale()):
+        assert torch.equal(run(twin, family), edited)
+    assert_untouched(before, twin)
+
+
+@every_family
+def test_save_pretrained_writes_the_plain_model(family: Family, tmp_path: Path) -> None:
+    model = family.build()
+    plain = run(model, family)
+    model.save_pretrained(tmp_path / "plain")
+    with steer.apply(model, Scale()):
+        model.save_pretrained(tmp_path / "steered")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "steered")]
+    assert configs[0] == configs[1]
+    again = type(model).from_pretrained(tmp_path / "steered").eval()
+    assert torch.equal(run(again, family), plain)
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_attention_backend_set_while_steered(name: str) -> None:
+    family = FAMILIES[name]
+    reference, model, method = family.build(), family.build(), Count()
+    reference.set_attention_backend("_native_math")
+    with steer.apply(model, method):
+        model.set_attention_backend("_native_math")
+        assert torch.equal(run(model, family), run(reference, family))
+    assert method.calls > 0
+    assert torch.equal(run(model, family), run(reference, family))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35", "flux", "mochi"])
+def test_layerwise_casting_set_while_steered(name: str) -> None:
+    family = FAMILIES[name]
+    reference, model = family.build(), family.build()
+    types = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
+    reference.enable_layerwise_casting(**types)
+    handle = steer.apply(model, Through())
+    model.enable_layerwise_casting(**types)
+    assert torch.equal(run(model, family), run(reference, family))
+    handle.remove()
+    assert torch.equal(run(model, family), run(reference, family))
+
+
+@every_family
+def test_gradient_flows_through_an_edit(family: Family) -> None:
+    """The gradient with respect to the strength of an edit agrees with a central difference, in double precision."""
+    model = family.build().double()
+    kwargs = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs_of(family, model).items()
+    }
+    method = Scale(factor=torch.tensor(0.8, dtype=torch.float64, requires_grad=True))
+
+    def loss(shift: float = 0.0) -> torch.Tensor:
+        method.factor.data.add_(shift)
+        result = model(**kwargs)
+        method.factor.data.sub_(shift)
+        prediction = result.logits if hasattr(result, "logits") else result.sample
+        return prediction.double().square().mean()
+
+    with steer.apply(model, method):
+        loss().backward()
+        slope = (loss(1e-5) - loss(-1e-5)).detach() / 2e-5
+    assert slope != 0
+    assert relative_error(method.factor.grad, slope) < 1e-5

@@ -1,0 +1,102 @@
+"""What the documentation says exists: linked files, quoted error messages, the worked example of CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [
+    path
+    for folder in ("steer", "patches/steer_patches", "kernels/steer_kernels", "demos/steer_demos")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], target
+
+
+def texts(source: str) -> Iterator[str]:
+    """Every string literal of a module; an f-string with `…` for each of its values."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def quoted_messages() -> list[str]:
+    """The first cell of every table row of docs/errors.md."""
+    rows = re.findall(r"^\| `(.+?)`(?: \(warning\))? \|", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.M)
+    assert rows
+    return rows
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_quoted_errors_exist(message: str) -> None:
+    assert any(message in text for path in SOURCES for text in texts(path.read_text(encoding="utf-8")))
+
+
+RUN_EXAMPLE = """
+import torch, steer
+from diffusers import SD3Transformer2DModel
+from temperature import Temperature
+
+torch.manual_seed(0)
+model = SD3Transformer2DModel(
+    sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16,
+    joint_attention_dim=16, pooled_projection_dim=16, pos_embed_max_size=8, in_channels=4, out_channels=4,
+).eval()
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.3)
+inputs = dict(
+    hidden_states=torch.randn(1, 4, 8, 8), encoder_hidden_states=torch.randn(1, 5, 16),
+    pooled_projections=torch.randn(1, 16), timestep=torch.tensor([500.0]),
+)
+def run(**settings):
+    with torch.no_grad(), steer.apply(model, Temperature(layers="transformer_blocks.0", **settings)):
+        return model(**inputs).sample
+
+before = model(**inputs).sample.detach()
+assert torch.equal(run(), before)
+assert torch.equal(run(temperature=2.0, heads=[]), before)
+all_heads, one_head = run(temperature=2.0), run(temperature=2.0, heads=[1])
+assert all_heads.isfinite().all() and not torch.equal(all_heads, before)
+assert not torch.equal(one_head, before) and not torch.equal(one_head, all_heads)
+assert torch.equal(model(**inputs).sample.detach(), before)
+assert steer.methods()["Temperature"] is Temperature
+"""
+
+
+def test_worked_example_is_a_method(tmp_path: Path) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "temperature.py").write_text(example, encoding="utf-8")
+    # its own process: the example registers itself, and other tests run over all registered methods
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_EXAMPLE],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert done.returncode == 0, done.stderr
