@@ -30,7 +30,8 @@ def fingerprint(models: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
 
 
 def _fingerprint_of(model: torch.nn.Module) -> dict[str, Any]:
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    config: Any = model.config
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     known = {k: v for k, v in config.items() if not k.startswith("_") and k not in VOLATILE}
     text = json.dumps(known, sort_keys=True, default=str)
     names = [site.name for site in find_sites(model)]
@@ -137,7 +138,9 @@ def _to_json(name: str, value: Any) -> Any:
 def _from_json(value: Any) -> Any:
     if isinstance(value, dict):
         kind, content = next(iter(value.items()))
-        return {"range": lambda c: range(*c), "float": float, "mapping": dict}[kind](content)
+        if kind == "range":
+            return range(*content)
+        return float(content) if kind == "float" else dict(content)
     return value
 
 

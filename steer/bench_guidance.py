@@ -164,7 +164,7 @@ def _measure(
     repeats: int,
 ) -> list[dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
-    pag = methods()["PAG"]
+    pag: Any = methods()["PAG"]
     guided = dict(call, guidance_scale=CFG, num_inference_steps=STEPS, output_type="latent")
 
     def sample(p: DiffusionPipeline, **more: Any) -> Callable[[], torch.Tensor]:
@@ -197,7 +197,7 @@ def _measure(
     rows: list[dict[str, Any]] = []
     for i, (name, layer, _) in enumerate(variants):
         peer_index = next((j for j, v in enumerate(variants) if v[:2] == ("diffusers PAG", layer)), None)
-        row = {
+        row: dict[str, Any] = {
             "family": family,
             "variant": name,
             "layer": layer,

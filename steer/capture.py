@@ -57,7 +57,7 @@ class Capture(Method, register=False):
             mask = mask[:, None, None, :]
         chosen = self._columns(call, key.shape[2])
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        pieces = []
+        pieces: list[torch.Tensor] = []
         for part in query.split(1024, dim=2):  # rows a piece at a time: S x columns is kept, S x S never
             start = sum(p.shape[-2] for p in pieces)
             cut = mask[..., start : start + part.shape[2], :] if mask is not None and mask.shape[-2] != 1 else mask

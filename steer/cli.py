@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import diffusers
+import torch
 import transformers
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -70,19 +73,32 @@ def _cell(method: type[Method], family: Family) -> str:
 @app.command()
 def sites(
     model: Annotated[str, typer.Argument(help="Embedded model name, local folder, hub id, or diffusers class name.")],
+    every: Annotated[bool, typer.Option("--all", help="A row for every site, not for each group.")] = False,
 ) -> None:
     """Print a model's attention sites as a table."""
-    target = _open(model)
-    table = Table("#", "site", "kind", "heads", "kv heads", "head dim", "processor", "ports", title=model)
-    for site in steer.sites(target):
-        ports = str(site.ports) if site.ports else f"[yellow]cannot be hooked: {site.refusal}[/]"
-        numbers = (str(site.heads), str(site.kv_heads), str(site.head_dim))
-        table.add_row(str(site.index), site.name, site.kind, *numbers, site.processor, ports)
+    found = steer.sites(_open(model))
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for site in found:
+        heads = str(site.heads) if site.kv_heads == site.heads else f"{site.heads}/{site.kv_heads}"
+        ports = f" ({site.ports} ports)" if site.ports > 1 else ""
+        note = f" [yellow]cannot be hooked: {site.refusal}[/]" if site.refusal else ports
+        shape = site.name if every else re.sub(r"\.\d+(?=\.|$)", ".*", site.name)
+        key = (shape, site.kind, f"{heads} x {site.head_dim}", site.processor + note)
+        groups.setdefault(key, []).append(site.name)
+    table = Table("n", "kind", "heads", "processor", "sites", box=box.SIMPLE, title=f"{model}: {len(found)} sites")
+    for column in table.columns:
+        column.overflow = "fold"
+    for (shape, kind, heads, processor), names in groups.items():
+        table.add_row(str(len(names)), kind, heads, processor, names[0] if len(names) == 1 else shape)
     console.print(table)
 
 
 def _open(name: str) -> Any:
-    """A pipeline or model by embedded name, folder or hub id."""
+    """A pipeline or model by embedded name, folder or hub id; a class name gives its default shape without weights."""
+    cls = getattr(diffusers, name, None)
+    if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin):
+        with torch.device("meta"):
+            return cls()
     try:
         from steer_demos.models import load
     except ImportError:

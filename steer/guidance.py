@@ -130,6 +130,12 @@ class Guide:
         rows, roles = _cond_rows(scope.rows, batch), scope.rows
         inputs = _input_rows(arguments, rows, batch)  # copied first: some forwards change their dictionaries
         share = self._may_share(arguments)
+        skipping = next((b.method for b in active if b.blocks), None)
+        if skipping is not None and self._is_one_graph():
+            raise RuntimeError(
+                f"{skipping.describe()} skips blocks, which a model compiled as one graph does not allow: use "
+                "model.compile_repeated_blocks() instead of model.compile() or torch.compile(model)"
+            )
         prefixes = {id(b): b.prefix if share and b.method.share_prefix else 0 for b in active}
         try:
             tape.record(prefixes.values())
@@ -173,17 +179,20 @@ class Guide:
         return _with_sample(prediction, sample[:batch]), shift
 
     def _may_share(self, arguments: Mapping[str, Any]) -> bool:
-        """Not inside one compiled graph, under a block cache, or where an adapter adds to block outputs in place."""
-        inner, model = self.attachment.inner, self.attachment.model
-        whole_graph = inner is not model or inner._compiled_call_impl is not None
-        adapter = arguments.get("down_intrablock_additional_residuals") is not None
-        return not (whole_graph or adapter or getattr(inner, "is_cache_enabled", False))
+        """Not inside one compiled graph, under a block cache, or where the forward itself leaves out blocks."""
+        cached = getattr(self.attachment.inner, "is_cache_enabled", False)
+        return not (self._is_one_graph() or cached or arguments.get("skip_layers"))
+
+    def _is_one_graph(self) -> bool:
+        inner: Any = self.attachment.inner
+        return inner is not self.attachment.model or inner._compiled_call_impl is not None
 
     @contextmanager
     def _own_cache(self, binding: Binding) -> Iterator[None]:
         """A cache (`enable_cache`) keeps its states by context: the perturbed pass gets its own."""
-        if getattr(self.attachment.inner, "is_cache_enabled", False):
-            with self.attachment.inner.cache_context(f"perturbed_{type(binding.method).__name__}"):
+        inner: Any = self.attachment.inner
+        if getattr(inner, "is_cache_enabled", False):
+            with inner.cache_context(f"perturbed_{type(binding.method).__name__}"):
                 yield
         else:
             yield
@@ -196,8 +205,8 @@ class Guide:
         reason = None
         if rescale:
             reason = f"guidance_rescale={rescale} rescales the combined prediction"
-        elif getattr(self.attachment.clock.pipeline, "guider", None) is not None:
-            reason = f"the pipeline combines predictions with {type(self.attachment.clock.pipeline.guider).__name__}"
+        elif (guider := getattr(self.attachment.clock.pipeline, "guider", None)) is not None:
+            reason = f"the pipeline combines predictions with {type(guider).__name__}"
         elif family is not None and not family.affine and float(run.arguments.get("true_cfg_scale") or 0) > 1:
             reason = f"the {family.name} pipeline renormalises its guided prediction"
         if reason:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from steer.select import parse_steps
-from steer_patches.site import ROLES, Call, Next
+from steer_patches.site import KINDS, ROLES, Call, Next
 
 STAGES = ("inputs", "scores", "output", "kernel")  # from the outermost wrapper to the innermost
 
@@ -36,7 +36,7 @@ class Method:
     rows: str | None = None
     min_tokens: int = 0
 
-    kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint", "temporal", "causal")
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     stage: ClassVar[str] = "output"
     every_port: ClassVar[bool] = False  # also the calls of image prompts and the like
 

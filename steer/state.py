@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,7 +122,7 @@ def bind(method: Method, models: dict[str, torch.nn.Module], has_clock: bool) ->
     if method.steps not in (None, ":") and not has_clock:
         raise CompositionError(
             f"steps={method.steps!r} needs a pipeline's scheduler to count steps; this target is a bare model. "
-            "Apply the method to the pipeline, or leave steps out."
+            'Apply the method to the pipeline, or give steps=":" (all steps).'
         )
     if method.heads is not None and len(method.heads) == 0:
         return []
@@ -145,13 +146,13 @@ def _bind_one(method: Method, key: str, model: torch.nn.Module) -> Binding | Non
         skippable = [block for block in blocks if block.stage.returns]
         if not skippable:
             raise CompositionError(f"{type(model).__name__} has no blocks that are known to be skippable")
-        names = set(select(layers, [block.name for block in skippable], "blocks"))
-        chosen = tuple(block.index for block in skippable if block.name in names)
+        wanted = set(select(layers, [block.name for block in skippable], "blocks"))
+        chosen = tuple(block.index for block in skippable if block.name in wanted)
         return Binding(method, key, {}, chosen, prefix=chosen[0])
-    names = select(layers, [site.name for site in sites])
-    chosen_sites = [site for site in sites if site.name in set(names) and site.kind in method.kinds]
+    names = set(select(layers, [site.name for site in sites]))
+    chosen_sites = [site for site in sites if site.name in names and site.kind in method.kinds]
     if not chosen_sites:
-        kinds = ", ".join(sorted({site.kind for site in sites if site.name in set(names)}))
+        kinds = ", ".join(sorted({site.kind for site in sites if site.name in names}))
         able = [site.name for site in sites if site.kind in method.kinds]
         raise SelectorError(
             f"layers={layers!r} matches only {kinds} attention, but {type(method).__name__} works on "
@@ -257,7 +258,7 @@ class State:
                 self._undo.append(attachment.remove)
                 self.attachments[key] = attachment
                 self._undo.append(put(model, "_steer_state", self))
-                attachment.before.append(lambda key=key: self._before(key))
+                attachment.before.append(functools.partial(self._before, key))
             if self.pipeline is not None:
                 self._undo.append(put(self.pipeline, "_steer_state", self))
                 self.clock.on_run.append(self._on_run)
@@ -290,9 +291,7 @@ class State:
             attachment.around = None
             if guided:
                 attachment.tape.attach()
-                attachment.around = Guide(
-                    attachment, guided, lambda branch, key=key: self._set_chains(key, branch), self._shifts
-                )
+                attachment.around = Guide(attachment, guided, functools.partial(self._set_chains, key), self._shifts)
             self._set_chains(key, None)
 
     def _before(self, key: str) -> None:

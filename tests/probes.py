@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
 from steer import Method
 from steer_patches.site import Call, Next
-from torch import Tensor, nn
 
 ALL = "*"
 

@@ -58,7 +58,7 @@ def _diffusers_site(name: str, module: Any) -> Site:
     kind = "cross" if getattr(module, "is_cross_attention", False) else "self"
     site = Site(name, 0, kind, heads, max(kv_width // head_dim, 1), head_dim, type(module.processor).__name__)
     try:
-        site.ports = steered_class(type(module.processor))._steer_ports  # type: ignore[attr-defined]
+        site.ports = steered_class(type(module.processor))._steer_ports
     except UnhookableProcessor as error:
         site.ports, site.refusal = 0, str(error)
     return site
@@ -120,6 +120,7 @@ class Attachment:
             self._undo.append(interface.set_steered(self.inner))
         for site, module in self._modules:
             self._undo.append(put(module, "_steer_site", site))
+            self._undo.append(swap(module, subclass(type(module))))  # so that a copy of it has no site
             processor = getattr(module, "processor", None)
             if processor is not None and not isinstance(processor, Ports):
                 self._undo.append(swap(processor, steered_class(type(processor))))
@@ -237,11 +238,15 @@ class Announcing:
     def cache_context(self, name: str, **kwargs: Any) -> Any:
         clock: Clock | None = self.__dict__.get("_steer_clock")
         with super().cache_context(name, **kwargs):  # type: ignore[misc]
-            if clock is not None:
-                clock.run.branch = name
-            yield
-        if clock is not None:
-            clock.run.branch = None
+            if clock is None:
+                yield
+                return
+            run, outer = clock.run, clock.run.branch
+            run.branch = name
+            try:
+                yield
+            finally:
+                run.branch = outer
 
 
 def denoisers(pipeline: Any) -> dict[str, torch.nn.Module]:

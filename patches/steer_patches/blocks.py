@@ -41,6 +41,18 @@ def take_rows(tree: Any, rows: slice, batch: int) -> Any:
     return map_tensors(tree, change)
 
 
+def cloned(tree: Any) -> Any:
+    """`tree` with its tensors copied; a tensor that occurs twice is one copy that occurs twice."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
+
+    return map_tensors(tree, change)
+
+
 class Block:
     """One stage module of a model, with what it is to do in the pass under way.
 
@@ -59,9 +71,10 @@ class Block:
         return (type(None), ())
 
     def record(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the module and keep its output."""
-        self.recorded = call(*args, **kwargs)
-        return self.recorded
+        """Run the module and keep a copy of its output: FreeU and adapters change it in place."""
+        output = call(*args, **kwargs)
+        self.recorded = cloned(output)
+        return output
 
     def skip(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the module's inputs in place of its outputs."""
@@ -105,9 +118,10 @@ class Tape:
 
     def replay(self, prefix: int, rows: slice, batch: int) -> None:
         """Give, in the next pass, the recorded outputs of rows `rows` of `batch` for the first `prefix` blocks."""
-        for index, source in self.stand_ins(prefix).items():
-            output = take_rows(self.blocks[source].recorded, rows, batch)
-            self.blocks[index].action = lambda call, args, kwargs, output=output: output
+        sources = self.stand_ins(prefix)
+        outputs = {source: take_rows(cloned(self.blocks[source].recorded), rows, batch) for source in set(sources.values())}
+        for index, source in sources.items():
+            self.blocks[index].action = lambda call, args, kwargs, output=outputs[source]: output
 
     def skip(self, indices: Iterable[int]) -> None:
         """Skip these blocks in the next pass."""
@@ -141,8 +155,9 @@ def find_blocks(model: torch.nn.Module, family: Family | None) -> list[Block]:
             module = model.get_submodule(stage.path)
         except AttributeError:
             continue
-        listed = isinstance(module, torch.nn.ModuleList)
-        items = [(f"{stage.path}.{i}", m) for i, m in enumerate(module)] if listed else [(stage.path, module)]
+        items = [(stage.path, module)]
+        if isinstance(module, torch.nn.ModuleList):
+            items = [(f"{stage.path}.{i}", item) for i, item in enumerate(module)]
         for name, item in items:
             blocks.append(Block(name, len(blocks), stage, item))
     return blocks

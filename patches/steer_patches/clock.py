@@ -103,23 +103,28 @@ class _Pipeline:
             clock.start({})
 
 
-@functools.cache
-def _steered_scheduler(cls: type) -> type:
+_SCHEDULERS: dict[Any, Any] = {}
+
+
+def _steered_scheduler(cls: Any) -> Any:
     """Subclass of scheduler class `cls` that reports to the clock; signatures stay, pipelines inspect them."""
+    if cls in _SCHEDULERS:
+        return _SCHEDULERS[cls]
 
     class Reporting:
-        @functools.wraps(cls.set_timesteps)  # type: ignore[attr-defined]
+        @functools.wraps(cls.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
             clock: Clock | None = self.__dict__.get("_steer_clock")
             if clock is not None:
                 clock.start()
-            return cls.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return cls.set_timesteps(self, *args, **kwargs)
 
-        @functools.wraps(cls.step)  # type: ignore[attr-defined]
+        @functools.wraps(cls.step)
         def step(self, *args: Any, **kwargs: Any) -> Any:
             clock: Clock | None = self.__dict__.get("_steer_clock")
             if clock is not None:
                 clock.stepped()
-            return cls.step(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return cls.step(self, *args, **kwargs)
 
-    return subclass(cls, Reporting)
+    _SCHEDULERS[cls] = subclass(cls, Reporting)
+    return _SCHEDULERS[cls]

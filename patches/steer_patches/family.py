@@ -101,8 +101,9 @@ def patched(name: str = "hidden_states", frames: int = 2) -> Callable[..., Grid]
     """
 
     def grid(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Grid:
-        size = model.config.patch_size
-        over_time = getattr(model.config, "patch_size_t", None) or 1
+        config: Any = model.config
+        size = config.patch_size
+        over_time = getattr(config, "patch_size_t", None) or 1
         t, h, w = (over_time, size, size) if isinstance(size, int) else tuple(size)
         shape = arguments[name].shape
         length = shape[frames] if len(shape) == 5 else 1

@@ -17,6 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from steer_patches.site import Call, run_chain
 
 BASES = ("sdpa", "eager", "flash_attention_2")
+PREFIX = "steer_"
+
+
+class SteeredName(str):
+    """Name of a steered implementation; a copy or pickle of a configuration that holds it gets the plain name."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (str, (self.removeprefix(PREFIX),))
 
 
 def _base_function(base: str, module: torch.nn.Module) -> Callable[..., Any]:
@@ -29,7 +37,7 @@ def steered_name(base: str) -> str:
     """The attention implementation that passes through ports and ends in `base`; registers it on first use."""
     if base not in BASES:
         raise ValueError(f"attention implementation {base!r} cannot be hooked; use one of {', '.join(BASES)}")
-    name = f"steer_{base}"
+    name = SteeredName(PREFIX + base)
     if name in AttentionInterface._global_mapping:
         return name
 
@@ -53,13 +61,17 @@ def steered_name(base: str) -> str:
         call_is_causal = causal and attention_mask is None and query.shape[2] > 1
         call = Call(query, key, value, attention_mask, scale, call_is_causal, site, 0, extra=kwargs)
 
+        weights: list[torch.Tensor | None] = []
+
         def terminal(call: Call) -> torch.Tensor:
-            out, _ = inner(
+            out, probabilities = inner(
                 module, call.query, call.key, call.value, call.mask, scaling=call.scale, is_causal=causal, **call.extra
             )
+            weights.append(probabilities)
             return out.transpose(1, 2)
 
-        return run_chain(site.chain, 0, call, terminal).transpose(1, 2), None
+        out = run_chain(site.chain, 0, call, terminal).transpose(1, 2)
+        return out, weights[0] if len(weights) == 1 else None  # the map of all rows, where one call computed it
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -70,9 +82,9 @@ def set_steered(model: PreTrainedModel) -> Callable[[], None]:
     """Switch every configuration of `model` to its steered implementation; returns the function that restores each."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
     before = [(config, config._attn_implementation_internal) for config in configs]
-    after = [steered_name(config._attn_implementation) for config in configs]  # all checked before the first is set
-    for (config, _), name in zip(before, after, strict=True):
-        config._attn_implementation_internal = name
+    for config, base in before:
+        if base in BASES:  # the sites of another one are refused when a method selects them
+            config._attn_implementation_internal = steered_name(base)
 
     def undo() -> None:
         for config, name in before:

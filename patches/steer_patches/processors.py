@@ -9,7 +9,6 @@ from __future__ import annotations
 import __future__
 
 import ast
-import functools
 import inspect
 import textwrap
 from typing import Any
@@ -132,6 +131,7 @@ class _Rewriter(ast.NodeTransformer):
         if method is None:
             return node
         port = ast.Attribute(ast.Name(self.processor, ast.Load()), method, ast.Load())
+        ast.copy_location(port, node.func)  # the compiler takes the line of a call from here
         args = [ast.Name(self.attn, ast.Load()), ast.Constant(self.ports), *node.args]
         self.ports += 1
         return ast.copy_location(ast.Call(func=port, args=args, keywords=node.keywords), node)
@@ -143,11 +143,19 @@ def _refuse(cls: type, reason: str) -> UnhookableProcessor:
     return UnhookableProcessor(f"{cls.__name__} {reason}{advice}")
 
 
-@functools.cache
-def steered_class(cls: type) -> type:
+_REWRITTEN: dict[Any, Any] = {}
+
+
+def steered_class(cls: Any) -> Any:
     """The subclass of processor class `cls` whose attention calls are ports. Raises `UnhookableProcessor`."""
     if issubclass(cls, Ports):
         return cls
+    if cls not in _REWRITTEN:
+        _REWRITTEN[cls] = _rewrite(cls)
+    return _REWRITTEN[cls]
+
+
+def _rewrite(cls: Any) -> Any:
     function = inspect.unwrap(cls.__call__)
     if not inspect.isfunction(function):
         raise _refuse(cls, "has no Python __call__")
@@ -174,6 +182,6 @@ def steered_class(cls: type) -> type:
     rewritten = namespace[function.__name__]
     rewritten.__qualname__ = function.__qualname__
     steered = subclass(cls, Ports)
-    steered.__call__ = rewritten  # type: ignore[attr-defined]
-    steered._steer_ports = rewriter.ports  # type: ignore[attr-defined]
+    steered.__call__ = rewritten
+    steered._steer_ports = rewriter.ports
     return steered

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 ROLES = ("uncond", "cond", "perturbed", "source", "target", "reference")
-KINDS = ("self", "cross", "joint", "temporal", "causal")
+KINDS = ("self", "cross", "joint", "temporal", "causal", "text")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Site:
     Args:
         name: dotted path of the module, e.g. `transformer_blocks.13.attn`.
         index: number of the site in the order of `named_modules`.
-        kind: "self", "cross", "joint", "temporal" or "causal".
+        kind: "self", "cross", "joint" (image and text in one sequence), "temporal", "causal", or "text" (a text refiner).
         heads, kv_heads, head_dim: query heads, key/value heads, channels of a head.
         processor: class name of the attention processor or implementation.
         ports: attention calls in that processor's source; 0 where it cannot be hooked.

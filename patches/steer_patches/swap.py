@@ -7,7 +7,7 @@ plain: they get the original class and none of steer's attributes.
 
 from __future__ import annotations
 
-import functools
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +21,26 @@ class Steered:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         factory, args, state, *rest = (*super().__reduce_ex__(protocol), None, None)[:5]
+        if factory is copyreg.__newobj__:  # type: ignore[attr-defined]  # pickle wants type(self) as its argument
+            factory, args = copyreg._reconstructor, (self._steer_base, object, None)  # type: ignore[attr-defined]
+        factory = self._steer_base if factory is type(self) else factory
         args = tuple(self._steer_base if a is type(self) else a for a in args)
         if isinstance(state, dict):
             state = {k: v for k, v in state.items() if not k.startswith(PREFIX)}
         return (factory, args, state, *rest)
 
 
-@functools.cache
-def subclass(base: type, *mixins: type) -> type:
+_SUBCLASSES: dict[tuple[Any, ...], Any] = {}
+
+
+def subclass(base: Any, *mixins: Any) -> Any:
     """The class `base` with `mixins` before it, under the name and module of `base`. One per combination."""
+    if (base, *mixins) not in _SUBCLASSES:
+        _SUBCLASSES[(base, *mixins)] = _new_subclass(base, *mixins)
+    return _SUBCLASSES[(base, *mixins)]
+
+
+def _new_subclass(base: Any, *mixins: Any) -> Any:
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     again = issubclass(base, Steered)  # a second swap: Steered is among its bases already
     bases = (*mixins, base) if again else (*mixins, Steered, base)

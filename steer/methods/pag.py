@@ -72,7 +72,12 @@ def _image_block_identity(call: Call, next: Next, image: slice, text: slice) -> 
         over_text.query, over_text.key, over_text.value, mask=over_text.mask, scale=call.softmax_scale
     )
     own = (call.query[:, :, image] * key[:, :, image]).to(text_lse.dtype).sum(-1) * call.softmax_scale
-    gate = torch.sigmoid(own - text_lse)[..., None].to(value.dtype)
+    own_mask = call.part(image, image).mask
+    if own_mask is not None:
+        own_mask = own_mask[..., 0, :] if own_mask.shape[-2] == 1 else own_mask.diagonal(dim1=-2, dim2=-1)
+        own = own.masked_fill(~own_mask, -torch.inf) if own_mask.dtype == torch.bool else own + own_mask
+    # a query that sees neither itself nor any text has the output 0, as in `partial`
+    gate = torch.sigmoid(own - text_lse).nan_to_num(0.0)[..., None].to(value.dtype)
     image_out = torch.lerp(text_out, value[:, :, image], gate)
     text_rows = next(call.part(text, slice(0, key.shape[2])))
     parts = [text_rows, image_out] if text.start < image.start else [image_out, text_rows]

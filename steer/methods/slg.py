@@ -30,3 +30,5 @@ class SLG(Guidance):
         super().__post_init__()
         if self.heads is not None:
             raise ValueError("SLG skips whole blocks; it takes no heads")
+        if self.extra != "separate":
+            raise ValueError('SLG skips blocks for the perturbed rows only, so it needs extra="separate"')

@@ -9,14 +9,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import steer
 import torch
+import torch.nn.functional as F
 from probes import Count, Scale, Through, assert_untouched, inputs_of, relative_error, snapshot, steer_attributes
+from tiny import FAMILIES, Family, count_attention_calls, output
+from torch.overrides import TorchFunctionMode
+
+import steer
 from steer_patches.attach import Attachment
 from steer_patches.clock import Clock
-from tiny import FAMILIES, Family, count_attention_calls, output
 
 # Attention calls that pass through no port, and why.
 UNSEEN = {
@@ -98,11 +102,11 @@ def test_batch_of_one(family: Family) -> None:
 @every_family
 def test_methods_come_off_in_any_order(family: Family) -> None:
     model = family.build()
-    before = snapshot(model)
     site = steer.sites(model)[0].name
+    with steer.apply(model, Scale(layers=site)):
+        edited = run(model, family)
+    before = snapshot(model)
     first, second = steer.apply(model, Through()), steer.apply(model, Scale(layers=site))
-    alone = steer.apply(family.build(), Scale(layers=site))
-    edited = run(alone.state.target, family)
     assert torch.equal(run(model, family), edited)
     first.remove()
     assert torch.equal(run(model, family), edited)
@@ -147,11 +151,12 @@ def test_two_threads_with_two_models(family: Family) -> None:
 @every_family
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
 def test_copies_are_plain_and_can_be_steered(family: Family, copied: object) -> None:
-    model = family.build()
-    plain = run(model, family)
+    model, reference = family.build(), family.build()
+    plain = run(reference, family)
+    with steer.apply(reference, Scale()):
+        edited = run(reference, family)
     with steer.apply(model, Scale()):
-        edited = run(model, family)
-        twin = copied(model)
+        twin = copied(model)  # before the first run, which makes LLaVA install hooks that cannot be pickled
         assert torch.equal(run(model, family), edited)
     assert type(twin) is type(model)
     assert steer_attributes(twin) == []
@@ -172,7 +177,10 @@ def test_save_pretrained_writes_the_plain_model(family: Family, tmp_path: Path) 
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "steered")]
     assert configs[0] == configs[1]
     again = type(model).from_pretrained(tmp_path / "steered").eval()
-    assert torch.equal(run(again, family), plain)
+    assert type(again) is type(model)
+    weights = model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
+    assert relative_error(run(again, family), plain) <= 1e-5  # loaded weights lie elsewhere in memory: other kernels
 
 
 @pytest.mark.parametrize("name", DIFFUSERS)
@@ -200,25 +208,57 @@ def test_layerwise_casting_set_while_steered(name: str) -> None:
     assert torch.equal(run(model, family), run(reference, family))
 
 
+class ScaledAttention(TorchFunctionMode):
+    """Multiplies what `scaled_dot_product_attention` returns, from the `skip`-th call on: an edit without steer."""
+
+    def __init__(self, factor: torch.Tensor, skip: int) -> None:
+        super().__init__()
+        self.factor, self.skip = factor, skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return out
+        self.skip -= 1
+        return out if self.skip >= 0 else out * self.factor
+
+
 @every_family
-def test_gradient_flows_through_an_edit(family: Family) -> None:
-    """The gradient with respect to the strength of an edit agrees with a central difference, in double precision."""
-    model = family.build().double()
-    kwargs = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs_of(family, model).items()
-    }
-    method = Scale(factor=torch.tensor(0.8, dtype=torch.float64, requires_grad=True))
+def test_an_edit_and_its_gradient_are_those_of_edited_attention(family: Family) -> None:
+    model = family.build()
+    factor = torch.tensor(0.8, requires_grad=True)
 
-    def loss(shift: float = 0.0) -> torch.Tensor:
-        method.factor.data.add_(shift)
-        result = model(**kwargs)
-        method.factor.data.sub_(shift)
+    def edited() -> tuple[torch.Tensor, torch.Tensor]:
+        result = model(**inputs_of(family, model))
         prediction = result.logits if hasattr(result, "logits") else result.sample
-        return prediction.double().square().mean()
+        (slope,) = torch.autograd.grad(prediction.square().mean(), factor)
+        return prediction.detach(), slope
 
-    with steer.apply(model, method):
-        loss().backward()
-        slope = (loss(1e-5) - loss(-1e-5)).detach() / 2e-5
+    unseen, _ = UNSEEN.get(family.name, (0, ""))
+    with ScaledAttention(factor, skip=unseen):  # Mochi pools its text before the first block
+        wanted, slope = edited()
+    with steer.apply(model, Scale(factor=factor)):
+        result, steered_slope = edited()
+    assert torch.equal(result, wanted)
     assert slope != 0
-    assert relative_error(method.factor.grad, slope) < 1e-5
+    assert relative_error(steered_slope, slope) <= 1e-5
+
+
+@every_family
+def test_gradients_of_the_inputs_are_the_unsteered_ones(family: Family) -> None:
+    model = family.build()
+
+    def gradient() -> torch.Tensor:
+        kwargs = inputs_of(family, model)
+        name = next(name for name, value in kwargs.items() if value.is_floating_point())
+        leaf = kwargs[name] = kwargs[name].requires_grad_()
+        result = model(**kwargs)
+        (result.logits if hasattr(result, "logits") else result.sample).square().mean().backward()
+        return leaf.grad
+
+    if family.name == "llama":
+        pytest.skip("token ids have no gradient")
+    plain = gradient()
+    assert plain.any()
+    with steer.apply(model, Through()):
+        assert torch.equal(gradient(), plain)

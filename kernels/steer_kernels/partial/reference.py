@@ -32,7 +32,7 @@ def partial(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
+    weights = torch.softmax(scores, -1).masked_fill((lse == -torch.inf)[..., None], 0.0)
     return weights.to(value.dtype) @ value, lse
 
 

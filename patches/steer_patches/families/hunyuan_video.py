@@ -13,7 +13,7 @@ HUNYUAN_VIDEO = register(
     Family(
         name="HunyuanVideo",
         models=("HunyuanVideoTransformer3DModel",),
-        kinds={"context_embedder.*": "cross", "*.attn": "joint"},
+        kinds={"context_embedder.*": "text", "*.attn": "joint"},
         stages=(
             Stage("context_embedder"),
             Stage("transformer_blocks", RETURNS),
@@ -29,7 +29,7 @@ HUNYUAN_VIDEO_15 = register(
     Family(
         name="HunyuanVideo 1.5",
         models=("HunyuanVideo15Transformer3DModel",),
-        kinds={"context_embedder.*": "cross", "*.attn": "joint"},
+        kinds={"context_embedder.*": "text", "*.attn": "joint"},
         stages=(Stage("context_embedder"), Stage("transformer_blocks", RETURNS)),
         grid=patched(),
         cfg="sequential",

@@ -10,11 +10,9 @@ from steer_patches.family import UNTUNED, Family, Grid, Preset, Stage, register
 
 def grid(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Grid:
     """Frames, height and width of the latents, as the pipeline passes them; one row where it passes coordinates."""
-    size = (arguments.get("num_frames"), arguments.get("height"), arguments.get("width"))
+    frames, height, width = (arguments.get(name) or 0 for name in ("num_frames", "height", "width"))
     tokens = arguments["hidden_states"].shape[1]
-    if None in size or size[0] * size[1] * size[2] != tokens:
-        return 1, 1, tokens
-    return size
+    return (frames, height, width) if frames * height * width == tokens else (1, 1, tokens)
 
 
 LTX = register(

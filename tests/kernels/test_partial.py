@@ -1,0 +1,135 @@
+"""`partial` and `merge` against fp64 softmax, over odd shapes, grouped heads, masks and every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer_kernels import merge, partial
+from steer_kernels.partial import reference
+
+
+def draw(seed: int, b: int, h: int, kv: int, s: int, n: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(b, h, s, d, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(b, kv, n, d, generator=g, dtype=torch.float64) for _ in range(2))
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """An independent formulation in fp64, one head at a time."""
+    q, k, v = q.double(), k.double(), v.double()
+    groups = q.shape[1] // k.shape[1]
+    out, lse = (
+        torch.empty(*q.shape[:3], v.shape[-1], dtype=torch.float64),
+        torch.empty(q.shape[:3], dtype=torch.float64),
+    )
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            exp = torch.exp(scale * q[b, h] @ k[b, h // groups].T)
+            out[b, h] = (exp / exp.sum(-1, keepdim=True)) @ v[b, h // groups]
+            lse[b, h] = exp.sum(-1).log()
+    return out, lse
+
+
+shapes = st.tuples(
+    st.integers(1, 2), st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 1)]), st.integers(1, 37), st.integers(1, 41),
+    st.sampled_from([8, 16, 40]), st.integers(0, 99),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["flash", "reference"])
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes)
+def test_equals_dense_softmax(backend: str, shape: tuple) -> None:
+    b, (h, kv), s, n, d, seed = shape
+    q, k, v = draw(seed, b, h, kv, s, n, d, torch.float64)
+    out, lse = partial(q, k, v, scale=0.3, backend=backend)
+    expected_out, expected_lse = dense(q, k, v, 0.3)
+    assert torch.allclose(out, expected_out, atol=1e-12)
+    assert torch.allclose(lse, expected_lse, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["flash", "reference"])
+def test_error_within_low_precision_eager(backend: str, dtype: torch.dtype) -> None:
+    """The tolerance is the error of plain torch attention in the same precision, both measured against fp64."""
+    q, k, v = draw(0, 2, 4, 4, 65, 77, 64, dtype)
+    truth, _ = dense(q, k, v, 64**-0.5)
+    eager = torch.softmax((q @ k.transpose(-1, -2)) * 64**-0.5, -1) @ v
+    out, _ = partial(q, k, v, backend=backend)
+    assert (out.double() - truth).norm() <= 1.05 * (eager.double() - truth).norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, cut=st.floats(0.1, 0.9))
+def test_merge_of_disjoint_parts_is_the_whole(shape: tuple, cut: float) -> None:
+    b, (h, kv), s, n, d, seed = shape
+    q, k, v = draw(seed, b, h, kv, s, n + 2, d, torch.float64)
+    middle = 1 + int(cut * n)
+    whole, whole_lse = partial(q, k, v)
+    parts = [partial(q, k[:, :, part], v[:, :, part]) for part in (slice(0, middle), slice(middle, None))]
+    out, lse = merge(parts)
+    assert torch.allclose(out, whole, atol=1e-12)
+    assert torch.allclose(lse, whole_lse, atol=1e-12)
+
+
+def test_permuted_keys_give_the_same() -> None:
+    q, k, v = draw(1, 1, 2, 2, 9, 23, 16, torch.float64)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(2))
+    out, lse = partial(q, k, v)
+    permuted, permuted_lse = partial(q, k[:, :, order], v[:, :, order])
+    assert torch.allclose(out, permuted, atol=1e-12) and torch.allclose(lse, permuted_lse, atol=1e-12)
+
+
+def test_masks() -> None:
+    """Boolean and additive masks agree with torch's own attention; a query that sees nothing gives 0 and -inf."""
+    q, k, v = draw(3, 2, 2, 2, 7, 11, 16, torch.float64)
+    keep = torch.rand(2, 1, 7, 11, generator=torch.Generator().manual_seed(4)) > 0.4
+    keep[0, :, 3] = False
+    out, lse = partial(q, k, v, mask=keep)
+    assert (out[0, :, 3] == 0).all() and (lse[0, :, 3] == -torch.inf).all()
+    seen = keep.any(-1).expand(2, 2, 7)
+    assert torch.allclose(out[seen], F.scaled_dot_product_attention(q, k, v, attn_mask=keep)[seen], atol=1e-12)
+    additive = torch.zeros(keep.shape, dtype=torch.float64).masked_fill(~keep, -torch.inf)
+    assert torch.allclose(partial(q, k, v, mask=additive)[0], out, atol=1e-12)
+
+
+def test_merge_with_an_empty_part() -> None:
+    q, k, v = draw(5, 1, 2, 2, 5, 8, 16, torch.float64)
+    nothing = torch.zeros(1, 1, 5, 8, dtype=torch.bool)
+    whole, empty = partial(q, k, v), reference.partial(q, k, v, mask=nothing)
+    out, lse = merge([whole, empty])
+    assert torch.allclose(out, whole[0], atol=1e-12) and torch.allclose(lse, whole[1], atol=1e-12)
+    out, lse = merge([empty, empty])
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_traces() -> None:
+    q, k, v = draw(6, 1, 2, 2, 9, 13, 16, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: partial(q, k, v), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(q, k, v), partial(q, k, v), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_gradient_of_output_and_lse() -> None:
+    q, k, v = (t.requires_grad_() for t in draw(7, 1, 1, 1, 3, 4, 8, torch.float64))
+    assert torch.autograd.gradcheck(lambda q, k, v: partial(q, k, v), (q, k, v))
+
+
+def test_errors_name_the_shapes_and_the_choices() -> None:
+    q, k, v = draw(8, 1, 3, 2, 4, 5, 8, torch.float32)
+    with pytest.raises(ValueError, match="multiple of key/value heads"):
+        partial(q, k, v)
+    with pytest.raises(ValueError, match=r"must be \(B, H, S, D\)"):
+        partial(q[0], k, v)
+    with pytest.raises(ValueError, match="choose from flash, reference"):
+        partial(k, k, v, backend="fast")
+    with pytest.raises(ValueError, match="takes no mask"):
+        partial(k, k, v, mask=torch.ones(5, 5, dtype=torch.bool), backend="flash")
+    with pytest.raises(ValueError, match="at least one part"):
+        merge([])
