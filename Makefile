@@ -10,7 +10,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow gpu lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,10 @@ test: $(VENV)/.test  ## run the tests
 
 test-slow: $(VENV)/.test  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+gpu: $(VENV)/.test  ## on a machine with a CUDA device: the GPU tests, and the benchmarks into benchmarks/
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/steer bench guidance --output benchmarks/guidance-cuda.json
 
 lint: $(VENV)/.dev  ## check style, format and types
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from steer.apply import apply
 from steer.method import methods
 
-STEPS, SCALE, CFG = 2, 3.0, 5.0
+SCALE, CFG = 3.0, 5.0
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
 ) -> dict[str, Any]:
     """Time the settings, print a table, and write JSON if `output` names a file."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype, steps = (torch.bfloat16, 4) if device == "cuda" else (torch.float32, 1)
     rows = []
     with torch.no_grad():
         sd3, sd3_call = _sd3(device, dtype, small)
@@ -56,15 +56,16 @@ def run(
             StableDiffusion3PAGPipeline,
             [f"transformer_blocks.{b}" for b in chosen],
             [rf"blocks\.{b}\." for b in chosen],
+            steps,
             repeats,
         )
         del sd3
         unet, unet_call = _unet(device, dtype, small)
-        rows += _measure("SD1.5", unet, unet_call, StableDiffusionPAGPipeline, ["mid_block"], ["mid"], repeats)
+        rows += _measure("SD1.5", unet, unet_call, StableDiffusionPAGPipeline, ["mid_block"], ["mid"], steps, repeats)
     result = {
         "environment": _environment(device, dtype),
         "small": small,
-        "steps": STEPS,
+        "steps": steps,
         "scale": SCALE,
         "guidance_scale": CFG,
         "repeats": repeats,
@@ -77,10 +78,14 @@ def run(
     return result
 
 
+SD3_SHAPE = {"cuda": (24, 24, 64, 128, 333), "cpu": (24, 8, 64, 64, 154)}  # blocks, heads, head width, latents, text
+SD3_SMALL = (4, 4, 16, 16, 20)
+
+
 def _sd3(device: str, dtype: torch.dtype, small: bool) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """24 joint blocks of width 1024 at 64 x 64 latents (1024 image tokens, 154 text tokens); small: 4 of width 64."""
+    """24 joint blocks: SD3-medium's width 1536 and 4096 image tokens on a GPU, width 512 and 1024 tokens on a CPU."""
     torch.manual_seed(0)
-    layers, heads, width, size, text = (4, 4, 16, 16, 20) if small else (24, 16, 64, 64, 154)
+    layers, heads, width, size, text = SD3_SMALL if small else SD3_SHAPE[device]
     model = SD3Transformer2DModel(
         sample_size=size,
         num_layers=layers,
@@ -117,9 +122,9 @@ def _sd3(device: str, dtype: torch.dtype, small: bool) -> tuple[DiffusionPipelin
 
 
 def _unet(device: str, dtype: torch.dtype, small: bool) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """The SD1.5 UNet's own configuration at 64 x 64 latents; small: a narrow one at 16 x 16."""
+    """The SD1.5 UNet's own configuration, at 64 x 64 latents on a GPU and 32 x 32 on a CPU."""
     torch.manual_seed(0)
-    widths, size = ((32, 64, 64, 64), 16) if small else ((320, 640, 1280, 1280), 64)
+    widths, size = ((32, 64, 64, 64), 16) if small else ((320, 640, 1280, 1280), 64 if device == "cuda" else 32)
     model = UNet2DConditionModel(
         sample_size=size,
         block_out_channels=widths,
@@ -161,11 +166,12 @@ def _measure(
     peer_class: Any,
     layers: list[str],
     peer_layers: list[str],
+    steps: int,
     repeats: int,
 ) -> list[dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
     pag: Any = methods()["PAG"]
-    guided = dict(call, guidance_scale=CFG, num_inference_steps=STEPS, output_type="latent")
+    guided = dict(call, guidance_scale=CFG, num_inference_steps=steps, output_type="latent")
 
     def sample(p: DiffusionPipeline, **more: Any) -> Callable[[], torch.Tensor]:
         return lambda: p(**guided, **more, generator=torch.Generator().manual_seed(0))[0]

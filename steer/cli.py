@@ -112,7 +112,7 @@ def _open(name: str) -> Any:
 @bench_app.command("guidance")
 def bench_guidance(
     layers: Annotated[str, typer.Option(help="Perturbed blocks of the 24-block SD3, comma separated.")] = "7,13,18",
-    repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 5,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 3,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
     small: Annotated[bool, typer.Option(help="A tiny setting that shows the mechanics, not the speed.")] = False,
     output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer.method import Method
-from steer_patches.attach import Attachment, batch_of
+from steer_patches.attach import Attachment, batch_of, does_cfg
 from steer_patches.blocks import map_tensors, take_rows
 from steer_patches.site import Run
 
@@ -70,7 +70,18 @@ class Guidance(Method, register=False):
             return self.scale
         if run.timestep is None:
             raise ValueError("adaptive_scale needs the timestep: apply the method to a pipeline, not to a bare model")
-        return max(0.0, self.scale - self.adaptive_scale * (1000.0 - run.timestep))
+        return max(0.0, self.scale - self.adaptive_scale * (1000.0 - _noise_timestep(run, run.timestep)))
+
+
+def _noise_timestep(run: Run, timestep: float) -> float:
+    """The timestep on the scale of 1000 (noise) to 0 (clean), whichever way the scheduler counts."""
+    first, last = float(run.scheduler.timesteps[0]), float(run.scheduler.timesteps[-1])
+    if min(first, last) < 0 or not 1 < max(first, last) <= 1000:
+        raise ValueError(
+            f"adaptive_scale needs timesteps between 0 and 1000; those of {type(run.scheduler).__name__} "
+            f"run from {first:.4g} to {last:.4g}"
+        )
+    return timestep if first >= last else 1000.0 - timestep
 
 
 class Guide:
@@ -96,7 +107,14 @@ class Guide:
     def __call__(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
     ) -> Any:
-        scope, run = self.attachment.scope, self.attachment.clock.run
+        scope, clock, run = self.attachment.scope, self.attachment.clock, self.attachment.clock.run
+        if clock.pipeline is not None and not clock.running:
+            name = type(clock.pipeline).__name__
+            raise RuntimeError(
+                f"{self.bindings[0].method.describe()} was applied to a {name}, and its denoiser is called outside that "
+                f"{name}'s own runs, where steer cannot tell conditional rows from others. Apply it to the pipeline "
+                "that runs, or remove the handle first."
+            )
         if run.calls > 1 and self.shifts.get("position") == (id(run), run.step):
             return _shifted(forward(*args, **kwargs), self.shifts["shift"])
         scales = {id(b): b.method.scale_at(run) for b in self.bindings if b.is_active(run)}
@@ -200,18 +218,24 @@ class Guide:
     def _warn_once(self, run: Run) -> None:
         if self._warned:
             return
-        rescale = run.arguments.get("guidance_rescale") or 0.0
+        pipeline = self.attachment.clock.pipeline
+        rescale = does_cfg(pipeline, run.arguments) and run.arguments.get("guidance_rescale")
         family = self.attachment.family
         reason = None
         if rescale:
             reason = f"guidance_rescale={rescale} rescales the combined prediction"
-        elif (guider := getattr(self.attachment.clock.pipeline, "guider", None)) is not None:
+        elif (guider := getattr(pipeline, "guider", None)) is not None and not _is_plain_cfg(guider):
             reason = f"the pipeline combines predictions with {type(guider).__name__}"
         elif family is not None and not family.affine and float(run.arguments.get("true_cfg_scale") or 0) > 1:
             reason = f"the {family.name} pipeline renormalises its guided prediction"
         if reason:
             self._warned = True
             warnings.warn(f"{reason}; the guidance term is scaled along with it", GuidanceWarning, stacklevel=2)
+
+
+def _is_plain_cfg(guider: Any) -> bool:
+    """Whether a pipeline's guider is classifier-free guidance whose weights sum to one."""
+    return type(guider).__name__ == "ClassifierFreeGuidance" and not guider.guidance_rescale
 
 
 def _cond_rows(roles: tuple[str, ...], batch: int) -> slice:

@@ -30,8 +30,9 @@ def record(pipe: Any, kwargs: dict[str, Any], monkeypatch: Any) -> tuple[Tensor,
     inputs: list[dict[str, Any]] = []
     models = [m for m in (getattr(pipe, n, None) for n in ("unet", "transformer", "transformer_2")) if m is not None]
 
-    def keep(_: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        named = dict(zip(("sample", "timestep"), args, strict=False))  # UNets are called with these by position
+    def keep(model: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        named = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args), strict=False))
+        named.pop("self")
         inputs.append({k: v for k, v in {**named, **given}.items() if k != "return_dict"})
 
     hooks = [model.register_forward_pre_hook(keep, with_kwargs=True) for model in models]

@@ -14,6 +14,7 @@ from tiny_pipelines import PIPELINES, generate
 
 import steer
 from steer.cli import _works_on
+from steer_patches.blocks import find_blocks
 from steer_patches.family import family_of as family_of_model
 
 METHODS = steer.methods()

@@ -100,7 +100,7 @@ def build_autoencoder() -> AutoencoderTiny:
     return AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
-        num_encoder_blocks=(0, 1, 1),
+        num_encoder_blocks=(0, 0, 1),
         num_decoder_blocks=(3, 1, 0),
         latent_channels=16,
         scaling_factor=LATENT_SCALING,

@@ -21,6 +21,7 @@ from steer_demos.emoji_mmdit import (
     build_transformer,
     zero_token_mask,
 )
+from steer_demos.train_autoencoder import train_emoji_autoencoder
 
 DROP_CAPTION = 0.1  # the unconditional share of classifier-free guidance
 DROP_STYLE = 0.3
@@ -219,7 +220,7 @@ def train_emoji_mmdit(output: Path, budget: Budget, batch_size: int, seed: int, 
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="The embedded model to train: emoji-mmdit.")] = "emoji-mmdit",
+    model: Annotated[str, typer.Argument(help="emoji-mmdit, or emoji-autoencoder for its VAE.")] = "emoji-mmdit",
     minutes: Annotated[float | None, typer.Option(help="Stop after this much wall time.")] = None,
     images: Annotated[int | None, typer.Option(help="Stop after this many training images.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of checkpoints; default: the cache folder.")] = None,
@@ -228,12 +229,16 @@ def train(
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
 ) -> None:
     """Train an embedded model from scratch, or continue a run that was stopped."""
-    if model != "emoji-mmdit":
-        raise typer.BadParameter(f"cannot train {model!r}; trainable models: emoji-mmdit")
+    if model not in ("emoji-mmdit", "emoji-autoencoder"):
+        raise typer.BadParameter(f"cannot train {model!r}; what can be trained: emoji-mmdit, emoji-autoencoder")
     if minutes is None and images is None:
         raise typer.BadParameter("give a budget: --minutes 65 or --images 200000")
-    folder = output or cache_dir() / "training" / model
-    train_emoji_mmdit(folder, Budget(minutes, images), batch_size, seed, compile_model)
+    folder = output or cache_dir() / "training" / "emoji-mmdit"
+    if model == "emoji-autoencoder":
+        codec = PatchCodec.fit(all_pictures().flatten(0, 2))
+        train_emoji_autoencoder(folder, Budget(minutes, images), codec, seed)
+    else:
+        train_emoji_mmdit(folder, Budget(minutes, images), batch_size, seed, compile_model)
 
 
 if __name__ == "__main__":

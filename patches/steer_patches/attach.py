@@ -141,6 +141,10 @@ class Attachment:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        for _, module in self._modules:  # load_ip_adapter() makes new processors of the class it finds
+            processor = getattr(module, "processor", None)
+            if isinstance(processor, Ports):
+                swap(processor, type(processor)._steer_base)  # type: ignore[attr-defined]
 
     def verify(self) -> None:
         """Raise `SiteLost` if a site no longer passes through its port."""

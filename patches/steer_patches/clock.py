@@ -21,6 +21,7 @@ class Clock:
     def __init__(self, pipeline: Any | None) -> None:
         self.pipeline = pipeline
         self.run = Run()
+        self.running = False
         self.on_run: list[Callable[[], None]] = []
         self.scopes: list[Scope] = []
         self._stepped = False
@@ -97,9 +98,11 @@ class _Pipeline:
         for check in clock.on_run:
             check()
         clock.start(dict(bound.arguments))
+        clock.running = True
         try:
             return call(*args, **kwargs)
         finally:
+            clock.running = False
             clock.start({})
 
 
