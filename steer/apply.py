@@ -52,10 +52,11 @@ def apply(target: Any, *methods: Method) -> Handle:
             binding.model = keys[id(plain(models[binding.model]))]
     state.check(bindings)
     handle = Handle(state, methods, bindings)
+    made_for = fingerprint(models)
     if bindings:
         state.add(bindings)
     for method in methods:
-        method.__dict__["_fingerprint"] = fingerprint(models)
+        method.__dict__["_fingerprint"] = made_for
     return handle
 
 
@@ -75,9 +76,7 @@ def _state_of(target: Any) -> State | None:
 
 def remove(target: Any) -> None:
     """Take off everything that steer applied to `target`; it is then exactly what it was."""
-    states = [target.__dict__.get("_steer_state")]
-    if isinstance(target, DiffusionPipeline):
-        states += [model.__dict__.get("_steer_state") for model in models_of(target).values()]
+    states = [owner.__dict__.get("_steer_state") for owner in (target, *models_of(target).values())]
     for state in states:
         if state is not None:
             state.detach()

@@ -57,7 +57,13 @@ def check_fingerprint(method: Method, models: Mapping[str, torch.nn.Module]) -> 
         if then["class"] != now["class"]:
             differs = f"it was made for {then['class']}, this is {now['class']}"
         elif then["sites"] != now["sites"]:
-            differs = f"it was made for {len(then['sites'])} attention sites, this model has {len(now['sites'])}"
+            missing = [name for name in then["sites"] if name not in now["sites"]]
+            added = [name for name in now["sites"] if name not in then["sites"]]
+            differs = "; ".join(
+                f"its attention sites {names} {verb}"
+                for names, verb in ((_few(missing), "are missing here"), (_few(added), "are new here"))
+                if names
+            )
         elif then["config_hash"] != now["config_hash"]:
             keys = sorted(set(then["config"]) | set(now["config"]))
             changed = [k for k in keys if then["config"].get(k) != now["config"].get(k)]
@@ -67,6 +73,10 @@ def check_fingerprint(method: Method, models: Mapping[str, torch.nn.Module]) -> 
         else:
             continue
         raise FingerprintError(f"this saved {type(method).__name__} does not fit the model: {differs}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def save(method: Method, directory: str | Path) -> None:

@@ -6,6 +6,7 @@ so the pipeline's own formula gives `uncond + w * (cond - uncond) + scale * (con
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ class Guidance(Method, register=False):
             raise ValueError(f'extra={self.extra!r} must be "separate" or "batched"')
         if self.rows not in (None, "perturbed"):
             raise ValueError(f"rows={self.rows!r}: {type(self).__name__} edits the perturbed rows only; leave rows out")
+        for name in ("scale", "adaptive_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")
         if self.adaptive_scale < 0:
             raise ValueError(f"adaptive_scale={self.adaptive_scale} must not be negative")
 
@@ -111,8 +115,8 @@ class Guide:
         if clock.pipeline is not None and not clock.running:
             name = type(clock.pipeline).__name__
             raise RuntimeError(
-                f"{self.bindings[0].method.describe()} was applied to a {name}, and its denoiser is called outside that "
-                f"{name}'s own runs, where steer cannot tell conditional rows from others. Apply it to the pipeline "
+                f"{self.bindings[0].method.describe()} was applied to a {name}, but its denoiser is called outside "
+                f"that {name}'s runs, where steer cannot tell conditional rows from others. Apply it to the pipeline "
                 "that runs, or remove the handle first."
             )
         if run.calls > 1 and self.shifts.get("position") == (id(run), run.step):

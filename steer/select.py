@@ -38,7 +38,9 @@ def matches(pattern: str, name: str) -> bool:
     return any(fnmatchcase(".".join(parts[:n]), pattern) for n in range(1, len(parts) + 1))
 
 
-def select(layers: str | Sequence[str], names: Sequence[str], what: str = "attention sites") -> list[str]:
+def select(
+    layers: str | Sequence[str], names: Sequence[str], what: str = "attention sites", field: str = "layers"
+) -> list[str]:
     """The `names` that `layers` selects, in their order. Every pattern must match something.
 
     Raises:
@@ -51,7 +53,7 @@ def select(layers: str | Sequence[str], names: Sequence[str], what: str = "atten
     for pattern in patterns:
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            raise SelectorError(f"layers={pattern!r} matches none of this model's {what}. It has:\n{listing(names)}")
+            raise SelectorError(f"{field}={pattern!r} matches none of this model's {what}. It has:\n{listing(names)}")
         chosen.update(found)
     return [name for name in names if name in chosen]
 

@@ -161,6 +161,8 @@ def _bind_one(method: Method, key: str, model: torch.nn.Module) -> Binding | Non
     refused = next((site for site in chosen_sites if not site.ports), None)
     if refused is not None:
         raise UnhookableProcessor(f"{refused.name}: {refused.refusal}")
+    if isinstance(method.heads, Mapping):
+        select(list(method.heads), [site.name for site in chosen_sites], "selected attention sites", field="heads")
     masks = {site.name: head_mask(method.heads, site) for site in chosen_sites}
     masks = {name: mask for name, mask in masks.items() if mask is None or bool(mask.any())}
     prefix = min((_block_index(name, blocks) for name in masks), default=0)

@@ -1,7 +1,7 @@
 """Attention through the full softmax map, in place of the kernel: slow, obvious, and no part of steer.
 
-    with dense_attention(model, ["transformer_blocks.1.attn"], identity_in(image)):
-        weak = model(**inputs).sample
+with dense_attention(model, ["transformer_blocks.1.attn"], identity_in(image)):
+    weak = model(**inputs).sample
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import steer
 import torch
 from dense import dense_attention, identity_in, relative_norm, without_blocks
 from diffusers import (
@@ -23,11 +22,13 @@ from diffusers import (
 )
 from probes import Scale, relative_error
 from recorder import Step, record
-from steer import PAG, SEG, SLG, GuidanceWarning
-from steer_patches.site import Run
 from tiny import FAMILIES, output
 from tiny_pipelines import PIPELINES, generate
 from torch import Tensor
+
+import steer
+from steer import PAG, SEG, SLG, GuidanceWarning
+from steer_patches.site import Run
 
 TOLERANCE = 1e-5
 VISIBLE = 1e-3
@@ -115,7 +116,10 @@ def test_prediction_is_the_formula(name: str, cfg: bool, monkeypatch: pytest.Mon
     tiny, models = PIPELINES[name], plain_models(name)
     pipe = tiny.build()
     kwargs = tiny.call_kwargs(pipe, batch=2, guidance_scale=CFG if cfg else 1.0)
-    with steer.apply(pipe, PAG(scale=SCALE, layers=SITES[name])) as handle, warnings.catch_warnings(record=True) as seen:
+    with (
+        steer.apply(pipe, PAG(scale=SCALE, layers=SITES[name])) as handle,
+        warnings.catch_warnings(record=True) as seen,
+    ):
         warnings.simplefilter("always")
         _, steps = record(pipe, kwargs, monkeypatch)
         assert sum(row["extra_passes"] for row in handle.stats["methods"]) == 3
@@ -306,8 +310,9 @@ def test_guidance_rescale_warns_once(name: str) -> None:
 
 def peer_with(scheduler: Any, **config: Any) -> tuple[Any, Any]:
     """The SD pipeline and diffusers' PAG pipeline of it, each with a scheduler of its own."""
-    pair = PIPELINES["sd15"].build(), StableDiffusionPAGPipeline.from_pipe(
-        PIPELINES["sd15"].build(), pag_applied_layers=["mid"]
+    pair = (
+        PIPELINES["sd15"].build(),
+        StableDiffusionPAGPipeline.from_pipe(PIPELINES["sd15"].build(), pag_applied_layers=["mid"]),
     )
     for pipe in pair:
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)

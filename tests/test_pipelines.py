@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import steer
 import torch
 from dense import dense_attention, doubled, identity_in, relative_norm
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
@@ -15,12 +14,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from probes import Count, assert_untouched, snapshot
 from recorder import record
-from steer import PAG, SLG
-from steer_patches.attach import SiteLost
-from steer_patches.processors import Ports, UnhookableProcessor
 from tiny import FAMILIES, output
 from tiny_pipelines import PIPELINES, generate, pag_peer
 from torch import Tensor
+
+import steer
+from steer import PAG, SLG
+from steer_patches.attach import SiteLost
+from steer_patches.processors import Ports, UnhookableProcessor
 
 TOLERANCE = 1e-5
 VISIBLE = 1e-3
@@ -63,7 +64,9 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         denoiser(pipe).add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
         part = "unet" if hasattr(pipe, "unet") else "transformer"
         folders[name] = tmp_path_factory.mktemp(name)
-        type(pipe).save_lora_weights(folders[name], **{f"{part}_lora_layers": get_peft_model_state_dict(denoiser(pipe))})
+        type(pipe).save_lora_weights(
+            folders[name], **{f"{part}_lora_layers": get_peft_model_state_dict(denoiser(pipe))}
+        )
     return folders
 
 
@@ -84,8 +87,10 @@ def test_lora_loaded_before_and_after(name: str, loras: dict[str, Path]) -> None
     assert torch.equal(generate(after, tiny.call_kwargs(after)), loaded)
 
 
-@pytest.mark.parametrize("name,argument", [("sd15_text", "cross_attention_kwargs"), ("sd3", "joint_attention_kwargs"),
-                                           ("flux", "joint_attention_kwargs")])
+@pytest.mark.parametrize(
+    "name,argument",
+    [("sd15_text", "cross_attention_kwargs"), ("sd3", "joint_attention_kwargs"), ("flux", "joint_attention_kwargs")],
+)
 def test_lora_scale_holds_in_the_extra_pass(name: str, argument: str, loras: dict[str, Path]) -> None:
     """The scale is an argument of the forward, so the extra pass has to get it too."""
     tiny = PIPELINES[name]
@@ -436,7 +441,9 @@ def test_attention_slicing_is_refused_with_the_way_out() -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize("layers,regex", [("mid_block", "mid"), ("up_blocks.1", "up_blocks.1"), ("up_blocks.2", "up_blocks.2")])
+@pytest.mark.parametrize(
+    "layers,regex", [("mid_block", "mid"), ("up_blocks.1", "up_blocks.1"), ("up_blocks.2", "up_blocks.2")]
+)
 def test_freeu_equals_diffusers_pag_pipeline(layers: str, regex: str) -> None:
     tiny = PIPELINES["sd15"]
     pipe, peer = tiny.build(), pag_peer("sd15", [regex])

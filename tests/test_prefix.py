@@ -265,9 +265,7 @@ def test_stable_diffusion_controlnet_pipeline_equals_diffusers_pag_pipeline() ->
 
     def pipeline(cls: Any, **options: Any) -> Any:
         pipe = tiny.build()
-        controlnet = build(
-            lambda: ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8))
-        )
+        controlnet = build(lambda: ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8)))
         made = cls(**pipe.components, controlnet=controlnet, requires_safety_checker=False, **options)
         made.set_progress_bar_config(disable=True)
         return made

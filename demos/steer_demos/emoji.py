@@ -102,7 +102,7 @@ def fetch_package(package: IconPackage) -> Path:
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", None) or error
             raise RuntimeError(
-                f"`{' '.join(command)}` failed in {folder}: {reason}. Install npm, or put {tarball.name} into that folder."
+                f"`{' '.join(command)}` failed in {folder}: {reason}. Install npm, or put {tarball.name} there."
             ) from error
     algorithm, _, expected = package.integrity.partition("-")
     found = base64.b64encode(hashlib.new(algorithm, tarball.read_bytes()).digest()).decode()

@@ -4,6 +4,7 @@ import json
 
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.models.attention_processor import Attention
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -116,9 +117,9 @@ def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
 class TextConditioning(nn.Module):
     """Both text encoders, joined the way `StableDiffusion3Pipeline.encode_prompt` joins them.
 
-    Without a T5 encoder the pipeline appends `max_sequence_length` zero tokens (256 unless told otherwise). They are all
-    alike and carry no position, so in every block they stay alike: training keeps one of them and adds the logarithm of
-    their number to its attention scores, which is the same function at a quarter of the cost.
+    Without a T5 encoder the pipeline appends `max_sequence_length` zero tokens (256 unless told otherwise). They are
+    all alike and carry no position, so in every block they stay alike: training keeps one of them and adds the
+    logarithm of their number to its attention scores, which is the same function at a quarter of the cost.
     """
 
     def __init__(self, first: CLIPTextModelWithProjection, second: CLIPTextModelWithProjection) -> None:
@@ -139,7 +140,7 @@ class CountedTextAttention:
     """Joint attention of SD3 with an additive mask, which diffusers' own processor does not take; for training only."""
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Image tokens (B, S, C), text tokens (B, T, C) and a mask that broadcasts to (B, H, S + T, S + T)."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+import steer
+from steer.method import Method
 from steer_demos import models
 from steer_demos.emoji import BACKGROUNDS, STYLES, caption, concepts
 from steer_demos.judge import Judge, Verdict
@@ -40,7 +42,7 @@ class Prompt:
 
 
 def evaluation_prompts(count: int = PROMPTS) -> list[Prompt]:
-    """The fixed prompts: every concept before any comes again; each names a style and a background or leaves it open."""
+    """The fixed prompts: every concept before any comes again; style and background are named or left open."""
     chance = random.Random(2024)
     prompts: list[Prompt] = []
     while len(prompts) < count:
@@ -103,7 +105,9 @@ def assess(judge: Judge, verdict: Verdict, prompts: Sequence[Prompt], seconds: f
     )
     features, reference = verdict.features.double().numpy(), judge.reference.double().numpy()
     rows = np.random.default_rng(0).integers(len(features), size=(100, len(features)))
-    low, high = np.percentile([frechet_distance(features[row], reference) for row in rows], [2.5, 97.5])
+    # Resampling repeats pictures, which biases the distance upwards: only its spread is used, around the estimate.
+    frechet = frechet_distance(features, reference)
+    spread = 1.96 * float(np.std([frechet_distance(features[row], reference) for row in rows]))
     return Evaluation(
         prompts=len(prompts),
         accuracy=accuracy,
@@ -112,8 +116,8 @@ def assess(judge: Judge, verdict: Verdict, prompts: Sequence[Prompt], seconds: f
         style_interval=style_interval,
         background_accuracy=background,
         background_interval=background_interval,
-        frechet=frechet_distance(features, reference),
-        frechet_interval=(float(low), float(high)),
+        frechet=frechet,
+        frechet_interval=(frechet - spread, frechet + spread),
         seconds=seconds,
     )
 
@@ -127,7 +131,7 @@ def generate_pictures(
     guidance_scale: float = 3.0,
     batch_size: int = 40,
     label: str = "generating",
-    **call: object,
+    **call: Any,
 ) -> Tensor:
     """Pictures (N, 3, 64, 64) in [-1, 1], picture i drawn from `seeds[i]` alone.
 
@@ -156,7 +160,7 @@ def generate_pictures(
 
 
 def evaluate(
-    pipe: DiffusionPipeline, prompts: Sequence[Prompt], seeds: Sequence[int], judge: Judge, **call: object
+    pipe: DiffusionPipeline, prompts: Sequence[Prompt], seeds: Sequence[int], judge: Judge, **call: Any
 ) -> tuple[Evaluation, Tensor]:
     """Generate with `pipe`, steered or not, and judge; `call` as in `generate_pictures`.
 
@@ -171,31 +175,23 @@ def evaluate(
 
 def sweep(
     pipe: DiffusionPipeline,
-    configurations: Mapping[str, Sequence[object]],
+    configurations: Mapping[str, Sequence[Method]],
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     judge: Judge,
-    **call: object,
+    **call: Any,
 ) -> dict[str, tuple[Evaluation, Tensor]]:
     """Evaluate named lists of steer methods over the same prompts and seeds; an empty list is the bare pipeline."""
     results = {}
     for name, methods in configurations.items():
-        if methods:
-            import steer
-
-            steered = steer.apply(pipe, *methods)
-        else:
-            steered = nullcontext()
-        with steered:
+        with steer.apply(pipe, *methods) if methods else nullcontext():
             results[name] = evaluate(pipe, prompts, seeds, judge, label=name, **call)
     return results
 
 
-def pag_configurations(layers: str) -> dict[str, list[object]]:
+def pag_configurations(layers: str) -> dict[str, list[Method]]:
     """The bare pipeline, PAG at three scales and SoftPAG at three scales."""
-    import steer
-
-    configurations: dict[str, list[object]] = {"baseline": []}
+    configurations: dict[str, list[Method]] = {"baseline": []}
     for scale in (1.0, 2.0, 4.0):
         configurations[f"PAG scale {scale:g}"] = [steer.PAG(scale=scale, layers=layers)]
     for scale in (1.0, 2.0, 4.0):
@@ -205,7 +201,7 @@ def pag_configurations(layers: str) -> dict[str, list[object]]:
 
 
 def controls(judge: Judge, prompts: Sequence[Prompt]) -> dict[str, Evaluation]:
-    """What the judge says of real pictures: the asked ones on other colours (upper bound), and of shuffled ones (chance)."""
+    """What the judge says of real pictures: the asked ones on other colours (upper bound), and shuffled (chance)."""
     generator = torch.Generator().manual_seed(7)
     concept = torch.tensor([list(concepts()).index(prompt.concept) for prompt in prompts])
     style = torch.tensor(

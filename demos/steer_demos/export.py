@@ -13,11 +13,11 @@ from steer_demos.models import EMBEDDED
 from steer_demos.train import TextToImage
 
 
-def trained_pipeline(checkpoint: Path, autoencoder: Path) -> StableDiffusion3Pipeline:
-    """The averaged weights of `checkpoint/checkpoint.pt` and the VAE in `autoencoder/vae`, as one bfloat16 pipeline."""
+def trained_pipeline(checkpoint: Path, autoencoder: Path, averaged: bool = True) -> StableDiffusion3Pipeline:
+    """The weights of `checkpoint/checkpoint.pt` and the VAE in `autoencoder/vae`, as one bfloat16 pipeline."""
     state = torch.load(checkpoint / "checkpoint.pt", map_location="cpu", weights_only=False)
     model = TextToImage()
-    model.load_state_dict(state["average"])
+    model.load_state_dict(state["average" if averaged else "model"])
     pipe = StableDiffusion3Pipeline(
         transformer=model.transformer,
         scheduler=build_scheduler(),
@@ -36,14 +36,15 @@ def export(
     model: Annotated[str, typer.Argument(help="The model to export: emoji-mmdit.")] = "emoji-mmdit",
     checkpoint: Annotated[Path | None, typer.Option(help="Training folder; default: the cache folder.")] = None,
     autoencoder: Annotated[Path | None, typer.Option(help="Folder of the trained VAE; default: as above.")] = None,
+    averaged: Annotated[bool, typer.Option(help="Moving average of the weights, or the last ones.")] = True,
     output: Annotated[Path | None, typer.Option(help="Pipeline folder; default: the weights in the package.")] = None,
 ) -> None:
-    """Write the averaged weights as bfloat16 safetensors in a pipeline folder."""
+    """Write the trained weights as bfloat16 safetensors in a pipeline folder."""
     if model != "emoji-mmdit":
         raise typer.BadParameter(f"cannot export {model!r}; what can be exported: emoji-mmdit")
     checkpoint = checkpoint or cache_dir() / "training" / model
     output = output or EMBEDDED[model].folder
-    trained_pipeline(checkpoint, autoencoder or checkpoint).save_pretrained(output)
+    trained_pipeline(checkpoint, autoencoder or checkpoint, averaged).save_pretrained(output)
     for path in sorted(output.rglob("*.safetensors")):
         path.chmod(0o644)
         print(f"{path.stat().st_size / 1e6:7.2f} MB  {path.relative_to(output)}")

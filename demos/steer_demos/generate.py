@@ -10,6 +10,8 @@ import typer
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+import steer
+from steer.method import Method
 from steer_demos import models
 
 DEFAULT_PROMPTS = [
@@ -24,19 +26,13 @@ CELL, GAP, TITLE, LABEL = 192, 8, 28, 18
 
 
 def draw_column(
-    pipe: DiffusionPipeline, method: object | None, prompts: list[str], steps: int, guidance_scale: float, seed: int
+    pipe: DiffusionPipeline, method: Method | None, prompts: list[str], steps: int, guidance_scale: float, seed: int
 ) -> list[Image.Image]:
     """One picture per prompt, prompt i from `seed + i`, with `method` applied for the time of the call."""
-    if method is None:
-        steered = nullcontext()
-    else:
-        import steer
-
-        steered = steer.apply(pipe, method)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
     # An SD3 pipeline without a T5 encoder would append 256 zero tokens, for four times the work.
     options = {"max_sequence_length": 0} if getattr(pipe, "text_encoder_3", True) is None else {}
-    with steered:
+    with steer.apply(pipe, method) if method else nullcontext():
         return pipe(
             prompt=prompts,
             num_inference_steps=steps,
@@ -77,10 +73,8 @@ def generate(
     """Draw prompts without steering, with PAG and with SoftPAG, as one picture."""
     prompts = prompts or DEFAULT_PROMPTS
     pipe = models.load(model)
-    methods: dict[str, object | None] = {"baseline": None}
+    methods: dict[str, Method | None] = {"baseline": None}
     if not baseline_only:
-        import steer
-
         methods[f"PAG {scale:g}"] = steer.PAG(scale=scale, layers=layers)
         methods[f"SoftPAG {scale:g}"] = steer.PAG(scale=scale, layers=layers, mode="all", strength=strength)
     columns = {}

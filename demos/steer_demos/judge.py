@@ -1,7 +1,7 @@
 """A small classifier of emoji pictures: the features in which generated pictures are compared with renders."""
 
+import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from tqdm import tqdm
 from steer_demos.emoji import BACKGROUNDS, STYLES, cache_dir, concepts, render_all
 
 FEATURES = 48
-STEPS = 1500
+STEPS = 1000
 BATCH_SIZE = 48
 RECIPE = 1  # part of the cache file's name: raise it when anything here changes the classifier
 
@@ -103,7 +103,8 @@ class Judge:
     @classmethod
     def load(cls) -> "Judge":
         """The cached classifier, trained first if there is none."""
-        path: Path = cache_dir() / f"emoji-classifier-{RECIPE}.pt"
+        data = hashlib.sha256(render_all().tobytes()).hexdigest()[:12]
+        path = cache_dir() / f"emoji-classifier-{RECIPE}-{data}.pt"
         if path.exists():
             classifier = Classifier().eval()
             classifier.load_state_dict(torch.load(path, weights_only=True))

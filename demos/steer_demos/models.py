@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -42,7 +43,7 @@ class EmbeddedModel:
         return sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
 
     @cached_property
-    def evaluation(self) -> dict[str, object]:
+    def evaluation(self) -> dict[str, Any]:
         """What `steer eval` measured on these weights; empty before it ran. Keys are explained there."""
         path = self.folder / "evaluation.json"
         return json.loads(path.read_text()) if path.exists() else {}
@@ -82,6 +83,7 @@ def load(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    source: str | Path
     if str(name) in EMBEDDED:
         source, local = EMBEDDED[str(name)].folder, True
     elif Path(name).is_dir():
@@ -96,7 +98,7 @@ def load(
     if local and not (Path(source) / "model_index.json").exists():
         raise ValueError(f"{source} holds no model_index.json: it is not a folder that a pipeline was saved to.")
     absent = _absent_components(Path(source)) if local else {}
-    return DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, local_files_only=local, **absent).to(device)
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=local, **absent).to(device)
 
 
 def _absent_components(folder: Path) -> dict[str, None]:

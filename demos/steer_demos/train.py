@@ -108,9 +108,9 @@ class TextToImage(nn.Module):
         return (velocity - (noise - latents)).square().mean()
 
 
-def draw_sigmas(size: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Noise levels (size,): logit-normal, one in eight uniform so that both ends are seen."""
-    normal = torch.randn(size, generator=generator, device=device).sigmoid()
+def draw_sigmas(size: int, mean: float, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Noise levels (size,): logit-normal around `mean`, one in eight uniform so that both ends are seen."""
+    normal = (torch.randn(size, generator=generator, device=device) + mean).sigmoid()
     uniform = torch.rand(size, generator=generator, device=device)
     return torch.where(torch.rand(size, generator=generator, device=device) < 0.125, uniform, normal)
 
@@ -144,13 +144,17 @@ def save_checkpoint(path: Path, **state: object) -> None:
     partial.replace(path)
 
 
-def train_emoji_mmdit(output: Path, budget: Budget, batch_size: int, seed: int, compile_model: bool) -> None:
+def train_emoji_mmdit(
+    output: Path, budget: Budget, batch_size: int, seed: int, sigma_mean: float, compile_model: bool
+) -> None:
     """Train the text encoders and the transformer; continues from `output/checkpoint.pt` where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     pictures = all_pictures()
-    codec = PatchCodec.fit(pictures.flatten(0, 2))
+    path = output / "checkpoint.pt"
+    state = torch.load(path, map_location=device, weights_only=False) if path.exists() else None
+    codec = state["codec"] if state else PatchCodec.fit(pictures.flatten(0, 2))
     batches = EmojiBatches(pictures, codec, device)
     model = TextToImage().to(device)
     model.train_attention()
@@ -159,9 +163,7 @@ def train_emoji_mmdit(output: Path, budget: Budget, batch_size: int, seed: int, 
     generator = torch.Generator(device).manual_seed(seed)
     step, seconds, history = 0, 0.0, []
 
-    path = output / "checkpoint.pt"
-    if path.exists():
-        state = torch.load(path, map_location=device, weights_only=False)
+    if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"].cpu())
@@ -190,7 +192,7 @@ def train_emoji_mmdit(output: Path, budget: Budget, batch_size: int, seed: int, 
             group["lr"] = learning_rate(step, progress)
         latents, ids = batches.draw(batch_size, generator)
         noise = torch.randn(latents.shape, generator=generator, device=device)
-        sigmas = draw_sigmas(batch_size, generator, device)
+        sigmas = draw_sigmas(batch_size, sigma_mean, generator, device)
         # Half of the batch sees the pipeline's default, half a pipeline called with max_sequence_length=0.
         zero_tokens = torch.tensor([0, PIPELINE_ZERO_TOKENS], device=device).repeat(batch_size // 2)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -202,7 +204,9 @@ def train_emoji_mmdit(output: Path, budget: Budget, batch_size: int, seed: int, 
         step += 1
         seconds = time.monotonic() - started
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        floating = [(average[name], value) for name, value in zip(names, values, strict=True) if value.is_floating_point()]
+        floating = [
+            (average[name], value) for name, value in zip(names, values, strict=True) if value.is_floating_point()
+        ]
         torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - decay)
 
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
@@ -211,7 +215,8 @@ def train_emoji_mmdit(output: Path, budget: Budget, batch_size: int, seed: int, 
         bar.update(0)
         if step % 100 == 0:
             history.append((step * batch_size, round(seconds), round(running, 4)))
-            (output / "loss.csv").write_text("images,seconds,loss\n" + "".join("%d,%d,%.4f\n" % row for row in history))
+            rows = ["images,seconds,loss", *(",".join(map(str, row)) for row in history)]
+            (output / "loss.csv").write_text("\n".join(rows) + "\n")
         if time.monotonic() - saved > SECONDS_PER_CHECKPOINT:
             saved = time.monotonic()
             checkpoint()
@@ -226,6 +231,7 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder of checkpoints; default: the cache folder.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per step, an even number.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and data order.")] = 0,
+    sigma_mean: Annotated[float, typer.Option(help="Mean of the logit of the noise level.")] = 0.0,
     compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
 ) -> None:
     """Train an embedded model from scratch, or continue a run that was stopped."""
@@ -235,10 +241,14 @@ def train(
         raise typer.BadParameter("give a budget: --minutes 65 or --images 200000")
     folder = output or cache_dir() / "training" / "emoji-mmdit"
     if model == "emoji-autoencoder":
-        codec = PatchCodec.fit(all_pictures().flatten(0, 2))
+        checkpoint = folder / "checkpoint.pt"
+        if checkpoint.exists():
+            codec = torch.load(checkpoint, map_location="cpu", weights_only=False)["codec"]
+        else:
+            codec = PatchCodec.fit(all_pictures().flatten(0, 2))
         train_emoji_autoencoder(folder, Budget(minutes, images), codec, seed)
     else:
-        train_emoji_mmdit(folder, Budget(minutes, images), batch_size, seed, compile_model)
+        train_emoji_mmdit(folder, Budget(minutes, images), batch_size, seed, sigma_mean, compile_model)
 
 
 if __name__ == "__main__":

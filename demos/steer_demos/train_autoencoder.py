@@ -1,7 +1,7 @@
 """Trains the `AutoencoderTiny` of `emoji-mmdit`: `python -m steer_demos.train emoji-autoencoder --minutes 20`.
 
-Its encoder learns the linear latents of `PatchCodec`, its decoder learns to draw pictures from them, so it can be trained
-beside the diffusion model, which never sees it.
+Its encoder learns the linear latents of `PatchCodec`, its decoder learns to draw pictures from them, so it can be
+trained beside the diffusion model, which never sees it.
 """
 
 import time

@@ -165,7 +165,7 @@ class Attachment:
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The forward's arguments by name."""
-        bound = self._signature.bind_partial(self.inner, *args, **kwargs).arguments
+        bound = self._signature.bind(self.inner, *args, **kwargs).arguments
         bound.pop(next(iter(self._signature.parameters)), None)
         extra = bound.pop("kwargs", {})
         return {**bound, **extra}
@@ -182,7 +182,11 @@ class Attachment:
         if self.clock.pipeline is None:
             self.verify()
         self.clock.denoiser_called()
-        arguments = self.arguments(args, kwargs)
+        try:
+            arguments = self.arguments(args, kwargs)
+        except TypeError:  # wrong arguments: the model's own error is the clearest
+            forward(*args, **kwargs)
+            raise
         self.scope.layout = self._layout(arguments)
         self.scope.rows = self._rows(arguments)
         for hook in self.before:
@@ -230,6 +234,8 @@ class Gated:
     """Mixed into a model: its calls enter through the attachment's gate."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, Gated):  # removed, but torch.compile kept the bound method from before
+            return self(*args, **kwargs)
         gate = self.__dict__.get("_steer_gate")
         forward = super().__call__  # type: ignore[misc]
         return forward(*args, **kwargs) if gate is None else gate(forward, args, kwargs)

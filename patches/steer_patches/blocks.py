@@ -119,7 +119,8 @@ class Tape:
     def replay(self, prefix: int, rows: slice, batch: int) -> None:
         """Give, in the next pass, the recorded outputs of rows `rows` of `batch` for the first `prefix` blocks."""
         sources = self.stand_ins(prefix)
-        outputs = {source: take_rows(cloned(self.blocks[source].recorded), rows, batch) for source in set(sources.values())}
+        recorded = {source: cloned(self.blocks[source].recorded) for source in set(sources.values())}
+        outputs = {source: take_rows(output, rows, batch) for source, output in recorded.items()}
         for index, source in sources.items():
             self.blocks[index].action = lambda call, args, kwargs, output=outputs[source]: output
 

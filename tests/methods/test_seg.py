@@ -227,8 +227,14 @@ def test_unet_levels_with_odd_latents(site: str, grid: tuple[int, int, int], sig
 
 
 @pytest.mark.parametrize("sigma", [math.inf, 1.0])
-@pytest.mark.parametrize("name,site", [("wan21", "blocks.1.attn1"), ("ltx", "transformer_blocks.1.attn1"),
-                                       ("animatediff", "mid_block.attentions.0.transformer_blocks.0.attn1")])
+@pytest.mark.parametrize(
+    "name,site",
+    [
+        ("wan21", "blocks.1.attn1"),
+        ("ltx", "transformer_blocks.1.attn1"),
+        ("animatediff", "mid_block.attentions.0.transformer_blocks.0.attn1"),
+    ],
+)
 def test_video_models(name: str, site: str, sigma: float) -> None:
     """A finite blur runs over each frame on its own; the infinite one over all tokens of the sequence."""
     family = FAMILIES[name]

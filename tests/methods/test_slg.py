@@ -93,7 +93,14 @@ def test_equals_a_model_without_the_blocks(name: str, share: bool) -> None:
 
 @pytest.mark.parametrize(
     "steps,wanted",
-    [("0.01:0.2", [1]), ("0.5:", [5, 6, 7, 8, 9]), ("2:4", [2, 3]), (range(7, 20), [7, 8, 9]), ("0.0:0.1", [0]), ("3:3", [])],
+    [
+        ("0.01:0.2", [1]),
+        ("0.5:", [5, 6, 7, 8, 9]),
+        ("2:4", [2, 3]),
+        (range(7, 20), [7, 8, 9]),
+        ("0.0:0.1", [0]),
+        ("3:3", []),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name,layers", [("sd3", "transformer_blocks.1"), ("wan21", "blocks.1")])
