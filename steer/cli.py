@@ -99,14 +99,10 @@ def _open(name: str) -> Any:
     if isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin):
         with torch.device("meta"):
             return cls()
-    try:
-        from steer_demos.models import load
-    except ImportError:
-        from diffusers import DiffusionPipeline
-
-        return DiffusionPipeline.from_pretrained(name)
-    loaded = load(name)
-    return loaded[0] if isinstance(loaded, tuple) else loaded
+    for entry in entry_points(group="steer.loaders"):
+        loaded = entry.load()(name)
+        return loaded[0] if isinstance(loaded, tuple) else loaded
+    return diffusers.DiffusionPipeline.from_pretrained(name)
 
 
 @bench_app.command("guidance")

@@ -41,6 +41,8 @@ class GuidanceWarning(UserWarning):
 class Guidance(Method, register=False):
     """A method that steers away from a perturbed prediction of the conditional rows.
 
+    The pipeline's run says which rows are conditional. Applied to a bare denoiser, every row counts as conditional.
+
     Args:
         scale: weight of (cond - perturbed); 0 = off.
         adaptive_scale: the weight falls by this much for every unit of the timestep (0 to 1000) below 1000.

@@ -54,8 +54,8 @@ class Link:
         batch = call.query.shape[0]
         each = batch // len(chosen)
         parts = []
-        for i, mine in enumerate(chosen):
-            part = _rows_of(call, slice(i * each, (i + 1) * each), batch)
+        for i, (mine, role) in enumerate(zip(chosen, call.rows, strict=True)):
+            part = _rows_of(call, slice(i * each, (i + 1) * each), batch).replace(own_rows=(role,))
             parts.append(method.attend(part, inner) if mine else inner(part))
         return torch.cat(parts)
 
@@ -235,6 +235,12 @@ class State:
                 raise CompositionError(
                     f'{family.name} computes attention row by row; use extra="separate" instead of "batched"'
                 )
+            by_role = [b.method for b in new if b.model == key and b.method.rows not in (None, "perturbed")]
+            if by_role and family is not None and family.splits_rows:
+                raise CompositionError(
+                    f"{family.name} computes attention row by row, so {by_role[0].describe()} cannot tell which row it "
+                    "sees; leave rows out"
+                )
 
     def add(self, group: list[Binding]) -> None:
         """Install bindings; attaches to the models first if nothing was installed."""
@@ -246,6 +252,8 @@ class State:
     def drop(self, group: list[Binding]) -> None:
         """Take bindings out; detaches from the models if they were the last."""
         self.groups = [other for other in self.groups if other is not group]
+        gone = {id(binding) for binding in group}  # another binding may get the same id
+        self._links = {key: link for key, link in self._links.items() if key[0] not in gone}
         if self.groups:
             self._rebuild()
         else:

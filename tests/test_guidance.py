@@ -285,6 +285,12 @@ def test_beside_an_ordinary_method(rows: str | None, extra: str, monkeypatch: py
         assert relative_norm(step.prediction, combined("sd15", uncond, cond, weak)) <= TOLERANCE
 
 
+def test_row_roles_are_refused_where_attention_runs_row_by_row() -> None:
+    pipe = PIPELINES["mochi"].build()
+    with pytest.raises(steer.CompositionError, match=r"row by row.*rows='cond'"):
+        steer.apply(pipe, Scale(layers="transformer_blocks.1", rows="cond"))
+
+
 def guidance_warnings(pipe: Any, runs: list[dict[str, Any]]) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -39,13 +39,19 @@ def build_tokenizer() -> CLIPTokenizer:
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    final_letters = [letter + "</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=100_000,
+        initial_alphabet=alphabet,
+        # Ties between merges go by token number, and only special tokens are numbered alike in every process.
+        special_tokens=final_letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     backend.train_from_iterator(all_captions(), trainer)
     learnt = json.loads(backend.to_str())["model"]
     merges = [tuple(pair) for pair in learnt["merges"]]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    tokens = [*alphabet, *final_letters, *("".join(pair) for pair in merges)]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)

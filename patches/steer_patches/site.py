@@ -104,7 +104,7 @@ class Site:
     Args:
         name: dotted path of the module, e.g. `transformer_blocks.13.attn`.
         index: number of the site in the order of `named_modules`.
-        kind: "self", "cross", "joint" (image and text in one sequence), "temporal", "causal", or "text" (a text refiner).
+        kind: "self", "cross", "joint" (image and text in one sequence), "temporal", "causal" or "text" (refiner).
         heads, kv_heads, head_dim: query heads, key/value heads, channels of a head.
         processor: class name of the attention processor or implementation.
         ports: attention calls in that processor's source; 0 where it cannot be hooked.
@@ -141,6 +141,7 @@ class Call:
         site, port: where the call is made.
         heads: boolean (H, 1, 1) mask of the heads that the current method may edit; None = all.
         extra: what the model's own backend needs besides.
+        own_rows: roles of this call's rows where it holds a part of the batch only; None = those of the forward.
     """
 
     query: torch.Tensor
@@ -153,6 +154,7 @@ class Call:
     port: int
     heads: torch.Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    own_rows: tuple[str, ...] | None = None
 
     def replace(self, **changes: Any) -> Call:
         """A copy with some fields changed."""
@@ -166,7 +168,7 @@ class Call:
     @property
     def rows(self) -> tuple[str, ...]:
         """Role of each equal share of the batch, in order, e.g. ("uncond", "cond")."""
-        return self.site.scope.rows
+        return self.site.scope.rows if self.own_rows is None else self.own_rows
 
     @property
     def run(self) -> Run:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,31 @@ def test_methods_come_off_in_any_order(family: Family) -> None:
     second.remove()
     second.remove()
     assert_untouched(before, model)
+
+
+def test_a_removed_method_is_let_go_though_another_stays() -> None:
+    """Were it kept, the next method could be taken for it: plans are found by the address of what they hold."""
+    family = FAMILIES["sd3"]
+    model = family.build()
+    staying = steer.apply(model, Through())
+    method = Count()
+    removed = weakref.ref(method)
+    with steer.apply(model, method):
+        run(model, family)
+    del method
+    gc.collect()
+    assert removed() is None
+    assert staying.is_active
+
+
+@pytest.mark.parametrize("family", [FAMILIES["flux"], FAMILIES["llama"]], ids=["flux", "llama"])
+def test_nothing_holds_the_model_after_removal(family: Family) -> None:
+    model = family.build()
+    steer.apply(model, Scale()).remove()
+    released = weakref.ref(model)
+    del model
+    gc.collect()
+    assert released() is None
 
 
 @pytest.fixture
