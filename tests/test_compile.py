@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import steer
 import torch
 from diffusers import FluxTransformer2DModel
 from probes import Scale, Through, assert_untouched, inputs_of, relative_error, snapshot
@@ -14,6 +13,8 @@ from tiny import FAMILIES, Family, build, flux_inputs, output
 from tiny_pipelines import PIPELINES, generate
 from torch import nn
 from torch._dynamo.exc import Unsupported
+
+import steer
 
 UNTRACEABLE = {  # the models themselves, not steer
     "hunyuan_video15": "the model itself does not trace: its forward branches on torch.all(image_embeds == 0)",
@@ -51,7 +52,9 @@ def steered(model: nn.Module, family: Family, *methods: steer.Method) -> torch.T
 
 def families() -> list[Any]:
     names = [name for name in FAMILIES if name not in VARIANTS]
-    marks = {name: [pytest.mark.xfail(raises=Unsupported, strict=True, reason=why)] for name, why in UNTRACEABLE.items()}
+    marks = {
+        name: [pytest.mark.xfail(raises=Unsupported, strict=True, reason=why)] for name, why in UNTRACEABLE.items()
+    }
     return [pytest.param(FAMILIES[name], id=name, marks=marks.get(name, [])) for name in names]
 
 
@@ -247,7 +250,7 @@ def test_guidance_that_would_be_traced_away_is_refused() -> None:
     model = family.build()
     with steer.apply(model, steer.PAG(layers="transformer_blocks.1")):
         fast = compiled_wrapper(model, "eager")
-        with pytest.raises(Exception, match="call torch.compile before steer.apply"):
+        with pytest.raises(Exception, match=r"call torch\.compile before steer\.apply"):
             run(fast, family)
 
 

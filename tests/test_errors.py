@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import steer
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from probes import Count, Scale, Through, Trip, Tripped, assert_untouched, inputs_of, parts, snapshot, steer_attributes
-from steer_patches.attach import SiteLost
-from steer_patches.processors import Ports, UnhookableProcessor
 from tiny import FAMILIES, build, make_sd3, output
 from tiny_pipelines import PIPELINES, generate
+
+import steer
+from steer_patches.attach import SiteLost
+from steer_patches.processors import Ports, UnhookableProcessor
 
 REPLACED_BY_FUSING = ["sd15", "sd3", "pixart", "cogvideox"]
 KEPT_WHEN_FUSING = ["flux", "wan21"]
@@ -83,7 +84,9 @@ def test_selectors(sd3: torch.nn.Module, untouched: Any, method: steer.Method, m
 def test_selected_sites_of_the_wrong_kind(untouched: Any) -> None:
     model = FAMILIES["sd15"].build()
     untouched(model, "sd15")
-    with pytest.raises(steer.SelectorError, match="(?s)matches only cross attention, but PAG works on self, joint.*attn1"):
+    with pytest.raises(
+        steer.SelectorError, match=r"(?s)matches only cross attention, but PAG works on self, joint.*attn1"
+    ):
         steer.apply(model, steer.PAG(layers="*.attn2"))
 
 
@@ -122,7 +125,7 @@ def test_a_scale_that_is_not_a_number(name: str, field: str) -> None:
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
         steer.PAG(weight=1.0)
-    with pytest.raises(AttributeError, match="steer has no 'PGA'; its methods are .*PAG"):
+    with pytest.raises(AttributeError, match=r"steer has no 'PGA'; its methods are .*PAG"):
         _ = steer.PGA
 
 
@@ -166,7 +169,7 @@ def test_the_same_method_twice(sd3: torch.nn.Module, untouched: Any) -> None:
     edited = run(sd3, "sd3")
     attached = snapshot(sd3)
     for again in (method, Scale(factor=0.1)):
-        with pytest.raises(steer.CompositionError, match="is already applied.*remove its handle before"):
+        with pytest.raises(steer.CompositionError, match=r"is already applied.*remove its handle before"):
             steer.apply(sd3, again)
         assert_untouched(attached, sd3)
         assert torch.equal(run(sd3, "sd3"), edited)
@@ -288,7 +291,9 @@ def saved(method: steer.Method, model: torch.nn.Module, directory: Path) -> stee
     ],
     ids=["class", "library", "sites", "config"],
 )
-def test_artifact_of_another_model(make: Any, name: str, difference: str, untouched: Any, tmp_path: Path, sd3: Any) -> None:
+def test_artifact_of_another_model(
+    make: Any, name: str, difference: str, untouched: Any, tmp_path: Path, sd3: Any
+) -> None:
     loaded = saved(steer.PAG(layers="*.attn"), sd3, tmp_path)
     model = make()
     untouched(model, name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import steer
 import torch
 from probes import Scale
-from steer_patches.attach import denoisers
 from tiny_pipelines import PIPELINES, TinyPipeline, generate
+
+import steer
+from steer_patches.attach import denoisers
 
 SPLITS_ROWS = ("mochi",)  # its processor computes attention row by row
 UNGUIDED = ("flux",)  # distilled guidance: there are conditional rows only

@@ -8,24 +8,25 @@ import typer
 from diffusers import AutoencoderTiny, StableDiffusion3Pipeline
 
 from steer_demos.emoji import cache_dir
-from steer_demos.emoji_mmdit import build_scheduler, build_tokenizer
+from steer_demos.emoji_mmdit import build_scheduler
 from steer_demos.models import EMBEDDED
-from steer_demos.train import TextToImage
+from steer_demos.train import TextToImage, saved_tokenizer
 
 
 def trained_pipeline(checkpoint: Path, autoencoder: Path, averaged: bool = True) -> StableDiffusion3Pipeline:
     """The weights of `checkpoint/checkpoint.pt` and the VAE in `autoencoder/vae`, as one bfloat16 pipeline."""
     state = torch.load(checkpoint / "checkpoint.pt", map_location="cpu", weights_only=False)
-    model = TextToImage()
+    tokenizer = saved_tokenizer(checkpoint)
+    model = TextToImage(tokenizer)
     model.load_state_dict(state["average" if averaged else "model"])
     pipe = StableDiffusion3Pipeline(
         transformer=model.transformer,
         scheduler=build_scheduler(),
         vae=AutoencoderTiny.from_pretrained(autoencoder / "vae"),
         text_encoder=model.text.first,
-        tokenizer=build_tokenizer(),
+        tokenizer=tokenizer,
         text_encoder_2=model.text.second,
-        tokenizer_2=build_tokenizer(),
+        tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
     )

@@ -10,6 +10,7 @@ import torch
 import typer
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from steer_demos.codec import PatchCodec
 from steer_demos.emoji import BACKGROUNDS, STYLES, cache_dir, caption, compose, concepts, render_all
@@ -44,10 +45,9 @@ def all_pictures() -> Tensor:
 class EmojiBatches:
     """Draws batches of (latents, token ids) from tensors that hold the whole data set."""
 
-    def __init__(self, pictures: Tensor, codec: PatchCodec, device: torch.device) -> None:
+    def __init__(self, pictures: Tensor, codec: PatchCodec, tokenizer: CLIPTokenizer, device: torch.device) -> None:
         grid = pictures.shape[:3]
         self.latents = codec.encode(pictures.flatten(0, 2)).unflatten(0, grid).to(device)
-        tokenizer = build_tokenizer()
         styles, backgrounds = [*STYLES, None], [*BACKGROUNDS, None]  # the last row of each leaves it out
         captions = [
             caption(concept, style, background, article)
@@ -81,9 +81,8 @@ class EmojiBatches:
 class TextToImage(nn.Module):
     """The trained parts, and their rectified-flow loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
-        tokenizer = build_tokenizer()
         self.text = TextConditioning(
             build_text_encoder(tokenizer, 2, "quick_gelu"), build_text_encoder(tokenizer, 3, "gelu")
         )
@@ -137,6 +136,14 @@ def learning_rate(step: int, progress: float) -> float:
     return LEARNING_RATE * min((step + 1) / WARM_UP_STEPS, (1 - progress) / DECAY_SHARE, 1.0)
 
 
+def saved_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer that the checkpoint in `folder` was trained with; made and saved there when training begins."""
+    path = folder / "tokenizer"
+    if not path.exists():
+        build_tokenizer().save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
+
+
 def save_checkpoint(path: Path, **state: object) -> None:
     """Write next to `path`, then rename: a killed run leaves the previous checkpoint whole."""
     partial = path.with_suffix(".partial")
@@ -155,8 +162,9 @@ def train_emoji_mmdit(
     path = output / "checkpoint.pt"
     state = torch.load(path, map_location=device, weights_only=False) if path.exists() else None
     codec = state["codec"] if state else PatchCodec.fit(pictures.flatten(0, 2))
-    batches = EmojiBatches(pictures, codec, device)
-    model = TextToImage().to(device)
+    tokenizer = saved_tokenizer(output)
+    batches = EmojiBatches(pictures, codec, tokenizer, device)
+    model = TextToImage(tokenizer).to(device)
     model.train_attention()
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

@@ -1,5 +1,7 @@
 """The data set's invariants that need neither npm nor a renderer, and what training builds on them."""
 
+import hashlib
+import json
 import random
 
 import numpy as np
@@ -36,6 +38,12 @@ def test_every_caption_fits_the_tokenizer_and_other_text_falls_back_to_bytes() -
     tokenizer = build_tokenizer()
     assert max(len(ids) for ids in tokenizer(all_captions()).input_ids) <= TEXT_TOKENS
     assert tokenizer.eos_token_id not in tokenizer("Zürich – 42 ☂!").input_ids[1:-1]
+
+
+def test_the_tokenizer_is_the_same_in_every_process() -> None:
+    # Merges that tie must not be ordered by a hash map: a checkpoint would then be read with other words swapped.
+    vocabulary = json.dumps(build_tokenizer().get_vocab(), sort_keys=True)
+    assert hashlib.sha256(vocabulary.encode()).hexdigest()[:8] == "e0663ee8"
 
 
 def test_compose_puts_the_background_where_the_render_is_transparent() -> None:

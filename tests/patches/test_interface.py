@@ -6,13 +6,8 @@ import copy
 from typing import Any
 
 import pytest
-import steer
 import torch
 from probes import Count, Scale, Through, assert_untouched, inputs_of, snapshot
-from steer_patches.attach import SiteLost
-from steer_patches.interface import BASES, steered_name
-from steer_patches.processors import UnhookableProcessor
-from steer_patches.site import Call, Next
 from tiny import FAMILIES, PADDED_TOKENS, VOCABULARY, build, output
 from transformers import (
     Gemma2Config,
@@ -24,6 +19,12 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import steer
+from steer_patches.attach import SiteLost
+from steer_patches.interface import BASES, steered_name
+from steer_patches.processors import UnhookableProcessor
+from steer_patches.site import Call, Next
 
 LANGUAGE_MODELS = ["llama", "llava"]
 every_language_model = pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -224,7 +225,9 @@ SMALL = {
 }
 WINDOWED = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=5)),
 }
 

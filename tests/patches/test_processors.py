@@ -43,9 +43,9 @@ def processor_classes() -> dict[str, type]:
     for info in pkgutil.walk_packages(diffusers.models.__path__, "diffusers.models."):
         module = importlib.import_module(info.name)
         for name, cls in vars(module).items():
-            if inspect.isclass(cls) and "Processor" in name and cls.__module__ == module.__name__:
-                if inspect.isfunction(inspect.unwrap(cls.__call__)):
-                    found[f"{module.__name__.removeprefix('diffusers.models.')}.{name}"] = cls
+            is_processor = inspect.isclass(cls) and "Processor" in name and cls.__module__ == module.__name__
+            if is_processor and inspect.isfunction(inspect.unwrap(cls.__call__)):
+                found[f"{module.__name__.removeprefix('diffusers.models.')}.{name}"] = cls
     return found
 
 
@@ -75,7 +75,11 @@ def test_rewrite_keeps_all_but_the_calls(cls: type) -> None:
     original, rewritten = inspect.unwrap(cls.__call__), steered.__call__
     assert issubclass(steered, cls) and issubclass(steered, Ports)
     assert steered is steered_class(cls) is steered_class(steered)
-    assert (steered.__name__, steered.__qualname__, steered.__module__) == (cls.__name__, cls.__qualname__, cls.__module__)
+    assert (steered.__name__, steered.__qualname__, steered.__module__) == (
+        cls.__name__,
+        cls.__qualname__,
+        cls.__module__,
+    )
     assert inspect.signature(steered.__call__) == inspect.signature(cls.__call__)
     assert rewritten.__globals__ is original.__globals__
     assert rewritten.__code__.co_filename == original.__code__.co_filename
@@ -134,7 +138,10 @@ def test_unhookable_processors_elsewhere_do_not_matter() -> None:
 
 def test_processors_made_without_source_or_with_a_closure_are_refused() -> None:
     namespace: dict[str, Any] = {"F": F}
-    exec("class Made:\n    def __call__(self, attn, x):\n        return F.scaled_dot_product_attention(x, x, x)", namespace)
+    exec(
+        "class Made:\n    def __call__(self, attn, x):\n        return F.scaled_dot_product_attention(x, x, x)",
+        namespace,
+    )
     with pytest.raises(UnhookableProcessor, match="Made has no readable source"):
         steered_class(namespace["Made"])
 
@@ -183,8 +190,15 @@ def with_ip_adapter(model: torch.nn.Module, image_tokens: int = 4, width: int = 
             adapter |= {f"{number}.to_k_ip.weight": weights["to_k_ip.0.weight"]}
             adapter |= {f"{number}.to_v_ip.weight": weights["to_v_ip.0.weight"]}
             number += 2
-    renamed = {"proj.weight": "image_embeds.weight", "proj.bias": "image_embeds.bias", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
-    model._load_ip_adapter_weights([{"image_proj": {k: projection[v] for k, v in renamed.items()}, "ip_adapter": adapter}])
+    renamed = {
+        "proj.weight": "image_embeds.weight",
+        "proj.bias": "image_embeds.bias",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+    }
+    model._load_ip_adapter_weights(
+        [{"image_proj": {k: projection[v] for k, v in renamed.items()}, "ip_adapter": adapter}]
+    )
     return model.eval().requires_grad_(False)
 
 
