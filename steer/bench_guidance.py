@@ -133,7 +133,7 @@ def _unet(device: str, dtype: torch.dtype, small: bool) -> tuple[DiffusionPipeli
     )
     pipe = StableDiffusionPipeline(
         unet=_ready(model, device, dtype),
-        scheduler=DDIMScheduler(),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         vae=None,
         text_encoder=None,
         tokenizer=None,

@@ -132,6 +132,12 @@ class Guide:
                 f"{active[0].method.describe()} cannot run: this pipeline computes its unconditional prediction first, "
                 "and the shift of the conditional one is not known yet"
             )
+        inner: Any = self.attachment.inner
+        if torch.is_grad_enabled() and getattr(inner, "is_gradient_checkpointing", False):
+            raise RuntimeError(
+                "guidance cannot run under gradient checkpointing, which computes blocks again outside the pass that "
+                "they belong to: call disable_gradient_checkpointing() on the model, or use torch.no_grad()"
+            )
         self._warn_once(run)
         batched = [b for b in active if b.method.extra == "batched"]
         if batched:

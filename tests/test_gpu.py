@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import steer
 import torch
 from probes import inputs_of
+from tiny import FAMILIES, moved, output
+
+import steer
 from steer_kernels import partial
 from steer_kernels.partial import reference
-from tiny import FAMILIES, moved, output
 
 pytestmark = [
     pytest.mark.gpu,

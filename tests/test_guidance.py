@@ -476,3 +476,14 @@ def test_half_precision_pipeline_stays_close() -> None:
         low = generate(pipe, kwargs)
     assert low.dtype == torch.bfloat16
     assert relative_error(low.float(), exact) < 0.1
+
+
+def test_gradient_checkpointing_is_refused() -> None:
+    model = FAMILIES["sd3"].build()
+    model.requires_grad_(True).enable_gradient_checkpointing()
+    kwargs = FAMILIES["sd3"].inputs(model)
+    with steer.apply(model, steer.PAG(layers="transformer_blocks.1")):
+        with pytest.raises(RuntimeError, match="gradient checkpointing"):
+            model(**kwargs)
+        with torch.no_grad():
+            model(**kwargs)
