@@ -78,6 +78,8 @@ def generate(
         methods[f"PAG {scale:g}"] = steer.PAG(scale=scale, layers=layers)
         methods[f"SoftPAG {scale:g}"] = steer.PAG(scale=scale, layers=layers, mode="all", strength=strength)
     columns = {}
+    pipe.set_progress_bar_config(desc="warm-up")
+    draw_column(pipe, None, prompts, 1, guidance_scale, seed)  # so that the first column is not charged with it
     for title, method in methods.items():
         started = time.monotonic()
         pipe.set_progress_bar_config(desc=title)
