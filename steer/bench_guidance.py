@@ -48,7 +48,10 @@ def run(
     with torch.no_grad():
         sd3, sd3_call = _sd3(device, dtype, small)
         depth = len(sd3.transformer.transformer_blocks)
-        chosen = [block for block in blocks if block < depth] or [depth // 2]
+        chosen = [depth // 2] if small else blocks
+        missing = [block for block in chosen if not 0 <= block < depth]
+        if missing:
+            raise ValueError(f"--layers: blocks {missing} do not exist; the benchmark's SD3 has blocks 0 to {depth - 1}")
         rows += _measure(
             "SD3",
             sd3,

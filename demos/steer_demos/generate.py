@@ -77,6 +77,9 @@ def generate(
     if not baseline_only:
         methods[f"PAG {scale:g}"] = steer.PAG(scale=scale, layers=layers)
         methods[f"SoftPAG {scale:g}"] = steer.PAG(scale=scale, layers=layers, mode="all", strength=strength)
+    for method in methods.values():
+        if method is not None:
+            steer.apply(pipe, method).remove()  # a wrong layer is told now, not after the first column
     columns = {}
     pipe.set_progress_bar_config(desc="warm-up")
     draw_column(pipe, None, prompts, 1, guidance_scale, seed)  # so that the first column is not charged with it

@@ -110,6 +110,7 @@ def _absent_components(folder: Path) -> dict[str, None]:
 def models() -> None:
     """List the embedded models."""
     table = Table("name", "class", "parameters", "weights", "licence", "what it does", "right concept")
+    table.columns[0].no_wrap = True
     for model in list_models():
         accuracy = model.evaluation.get("accuracy")
         table.add_row(
@@ -119,6 +120,6 @@ def models() -> None:
             f"{model.size / 1e6:.1f} MB",
             model.licence,
             model.task,
-            "not measured" if accuracy is None else f"{100 * accuracy:.0f} % of {model.evaluation['prompts']} prompts",
+            "not measured" if accuracy is None else f"{100 * accuracy:.1f} % of {model.evaluation['prompts']} prompts",
         )
     Console().print(table)
