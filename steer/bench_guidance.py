@@ -51,7 +51,7 @@ def run(
         chosen = [depth // 2] if small else blocks
         missing = [block for block in chosen if not 0 <= block < depth]
         if missing:
-            raise ValueError(f"--layers: blocks {missing} do not exist; the benchmark's SD3 has blocks 0 to {depth - 1}")
+            raise ValueError(f"--layers: blocks {missing} do not exist; this SD3 has blocks 0 to {depth - 1}")
         rows += _measure(
             "SD3",
             sd3,
