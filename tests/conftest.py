@@ -1,8 +1,15 @@
 """Puts this folder on the path of every test: `tiny`, `tiny_pipelines` and `probes` are imported by name."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is first imported; its kernels then run on the CPU
 
 torch.set_num_threads(1)  # the models are tiny
 

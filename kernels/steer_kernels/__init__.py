@@ -1,5 +1,21 @@
 """Attention operations for steer: torch and triton only, no knowledge of models."""
 
+from steer_kernels.block_mask import BlockMask
+from steer_kernels.block_sparse import block_sparse_attention
+from steer_kernels.decode import gathered_decode, page_scores, page_summary, select_pages
+from steer_kernels.grouped import grouped_attention
 from steer_kernels.partial import merge, partial
+from steer_kernels.rule import TokenRule
 
-__all__ = ["merge", "partial"]
+__all__ = [
+    "BlockMask",
+    "TokenRule",
+    "block_sparse_attention",
+    "gathered_decode",
+    "grouped_attention",
+    "merge",
+    "page_scores",
+    "page_summary",
+    "partial",
+    "select_pages",
+]
