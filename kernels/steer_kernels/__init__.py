@@ -1,5 +1,6 @@
 """Attention operations for steer: torch and triton only, no knowledge of models."""
 
+from steer_kernels import order, patterns
 from steer_kernels.block_mask import BlockMask
 from steer_kernels.block_sparse import block_sparse_attention
 from steer_kernels.decode import gathered_decode, page_scores, page_summary, select_pages
@@ -14,8 +15,10 @@ __all__ = [
     "gathered_decode",
     "grouped_attention",
     "merge",
+    "order",
     "page_scores",
     "page_summary",
     "partial",
+    "patterns",
     "select_pages",
 ]

@@ -139,9 +139,13 @@ class BlockMask:
     def _ruled(self) -> torch.Tensor:
         return _grid(self.partial_num, self.partial_idx)
 
-    def to_tokens(self) -> torch.Tensor:
-        """(B or 1, H or 1, q_len, kv_len) bool: the token mask that this stands for. For tests and short sequences."""
-        q, k = torch.arange(self.q_len, device=self.device), torch.arange(self.kv_len, device=self.device)
+    def to_tokens(self, queries: torch.Tensor | None = None) -> torch.Tensor:
+        """(B or 1, H or 1, q_len, kv_len) bool: the token mask that this stands for. For tests and short sequences.
+
+        `queries`: (n,) the numbers of the queries that are wanted; None = all.
+        """
+        q = torch.arange(self.q_len, device=self.device) if queries is None else queries
+        k = torch.arange(self.kv_len, device=self.device)
         rows, columns = q // self.block_size[0], k // self.block_size[1]
         keep, ruled = (grid[:, :, rows][..., columns] for grid in (self.to_bool(), self._ruled()))
         if self.causal:

@@ -16,7 +16,8 @@ class TokenRule:
     """Visibility of key j for query i by table lookup, so that any order of the tokens and any grid is one rule.
 
     box:  low[a, i] <= at[a, j] < high[a, i] on every axis a (windows, bands, groups, staircases);
-    disc: sum over the axes of (query[a, i] - key[a, j])^2 < radius_squared.
+    disc: sum over the axes of (query[a, i] - key[a, j])^2 < radius_squared, in 32-bit numbers: no two points may be
+          further apart than 46,340.
 
     A key at -1 (text, sinks) is visible to every query. A query that sees everything has the box [0, 2^31 - 1), or
     the disc coordinate -1.
