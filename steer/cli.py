@@ -121,6 +121,27 @@ def bench_guidance(
     )
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each; the median counts.", min=1)] = 7,
+    only: Annotated[str | None, typer.Option(help="Only the cases whose name contains this.")] = None,
+    small: Annotated[bool, typer.Option(help="A tiny setting that shows the mechanics, not the speed.")] = False,
+    output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Also draw speed against density, as PNG.")] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="Instead: try launch settings on this GPU, write them as this JSON table.")
+    ] = None,
+) -> None:
+    """Sparse attention beside the best dense attention and compiled FlexAttention, at the shapes of known models."""
+    from steer import bench_kernels as bench
+
+    if tune:
+        bench.tune(tune, repeats, console)
+        return
+    bench.run(device=device, repeats=repeats, small=small, only=only, output=output, plot=plot, console=console)
+
+
 def main() -> None:
     """Entry point of the `steer` script."""
     for library in (diffusers, transformers):
