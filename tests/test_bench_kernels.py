@@ -30,7 +30,8 @@ def test_small_run_writes_figures_and_a_picture(tmp_path: Path) -> None:
     assert {row["kernel"] for row in result["decode"]} >= {"dense sdpa", "steer, listed pages"}
     assert all(row["milliseconds"] > 0 for row in result["building"])
     assert result["environment"]["torch"] == torch.__version__
-    assert Image.open(picture).size[0] > 500
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 500
 
 
 def test_every_case_of_the_cpu_is_consistent() -> None:

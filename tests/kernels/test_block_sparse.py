@@ -117,7 +117,10 @@ def test_error_within_low_precision_attention(backend: str, width: int, dtype: t
     visible = mask.to_tokens()
     truth, _ = masked_attention(q, k, v, visible, width**-0.5)
     out = block_sparse_attention(q, k, v, mask, backend=backend)
-    assert (out.double() - truth).norm() <= 1.05 * low_precision_error(q, k, v, visible, width**-0.5, truth)
+    # 16-bit kernels have to be as good as plain attention; in fp32 both errors are a few roundings of the last bit,
+    # and the order of the sums decides between them
+    slack = 1.5 if dtype == torch.float32 else 1.05
+    assert (out.double() - truth).norm() <= slack * low_precision_error(q, k, v, visible, width**-0.5, truth)
 
 
 @pytest.mark.parametrize("width", [64, 96, 128, 256])

@@ -1,4 +1,4 @@
-"""What only a GPU can show of block-sparse attention: the Triton kernel on CUDA, its streams, graphs and compilation."""
+"""What only a GPU can show of block-sparse attention: the kernel on CUDA, its streams, graphs and compilation."""
 
 from __future__ import annotations
 

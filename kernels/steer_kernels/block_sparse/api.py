@@ -223,8 +223,8 @@ def _(
     if backend == "triton":
         return torch.empty_like(query), query.new_empty(batch, heads, q_len, dtype=exact)
     whole = -(-q_len // block_size[0]) * block_size[0]
-    out, lse = query.new_empty(batch, heads, whole, value.shape[-1]), query.new_empty(batch, heads, whole, dtype=exact)
-    return out[:, :, :q_len], lse[:, :, :q_len]
+    out, lse = (query.new_empty(batch, heads, whole, *last, dtype=exact) for last in ([value.shape[-1]], []))
+    return out[:, :, :q_len].to(query.dtype), lse[:, :, :q_len]
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask) -> None:

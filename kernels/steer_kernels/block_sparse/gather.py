@@ -1,5 +1,8 @@
 """Block-sparse attention for a CPU: the kept key blocks of several query blocks are copied side by side into a small
-buffer that stays in the cache, and torch's fused attention runs over them with the query blocks as its heads."""
+buffer that stays in the cache, and torch's fused attention runs over them with the query blocks as its heads.
+
+Blocks in which tokens are hidden go through the same in a second pass, with a mask, and are merged by log-sum-exp.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,13 @@ def forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, S_q, D) and natural log-sum-exp (B, H, S_q) in fp32 (fp64 for fp64)."""
-    batch, heads, q_len, width = query.shape
+    (batch, heads, q_len, width), dtype = query.shape, query.dtype
     (bq, bk), kv_heads, value_width = mask.block_size, key.shape[1], value.shape[-1]
     # Query heads that share keys and lists become one taller block: fewer copies, larger matrix products.
     alike = mask.shape[1] in (1, kv_heads) and (mask.rule is None or mask.rule.batch_heads[1] == 1)
     fold = heads // kv_heads if alike else 1
+    exact = torch.promote_types(query.dtype, torch.float32)  # 16-bit parts would be rounded once before they are merged
+    query, key, value = query.to(exact), key.to(exact), value.to(exact)
     queries, keys, values = _blocks(query, bq, fold), _blocks(key, bk), _blocks(value, bk)
     rows = _Rows(mask, batch, heads // fold, kv_heads)
     capacity = max(BUFFER_BYTES // (bk * max(width, fold * bq) * keys.element_size()), rows.longest)
@@ -32,29 +37,41 @@ def forward(
     value_buffer = _buffers.of("values", values, capacity * bk * value_width).view(capacity, -1)
 
     out = query.new_empty(len(queries), fold * bq, value_width)
-    lse = query.new_empty(len(queries), fold * bq, dtype=torch.promote_types(query.dtype, torch.float32))
-    for chunk in rows.chunks(capacity):
-        blocks, bias, seen = rows.gather(chunk)
-        some_keys, some_values = key_buffer[: len(blocks)], value_buffer[: len(blocks)]
-        torch.index_select(keys, 0, blocks, out=some_keys)
-        torch.index_select(values, 0, blocks, out=some_values)
-        if bias is not None:  # a mask of another type would be misread, without an error
-            bias = (
-                bias.to(query.dtype)[:, None].expand(-1, fold if bias.shape[1] > 1 else 1, -1, -1).flatten(1, 2)[None]
+    lse = query.new_empty(len(queries), fold * bq)
+    if rows.some_not_clear:
+        out[rows.clear == 0], lse[rows.clear == 0] = 0, -torch.inf
+    for masked in (False, True):
+        for chunk in rows.chunks(rows.masked if masked else rows.clear, capacity):
+            blocks, visible = rows.gather_masked(chunk) if masked else rows.gather(chunk)
+            some_keys, some_values = key_buffer[: len(blocks)], value_buffer[: len(blocks)]
+            torch.index_select(keys, 0, blocks, out=some_keys)
+            torch.index_select(values, 0, blocks, out=some_values)
+            count = len(chunk.rows)
+            # with a mask the folded heads stay heads, which share it; without, they are rows of a larger product
+            beside = 1 if visible is None else fold
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                queries[chunk.place].view(count, beside, -1, width),
+                some_keys.view(count, 1, -1, width).expand(-1, beside, -1, -1),
+                some_values.view(count, 1, -1, value_width).expand(-1, beside, -1, -1),
+                attn_mask=None if visible is None else _bias(visible, query.dtype).expand(-1, beside, -1, -1),
+                scale=scale,
             )
-        count = len(chunk.rows)
-        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries[chunk.place].view(1, count, fold * bq, width),
-            some_keys.view(1, count, -1, width),
-            some_values.view(1, count, -1, value_width),
-            attn_mask=bias,
-            scale=scale,
-        )
-        out[chunk.place] = part[0]
-        lse[chunk.place] = part_lse[0] if seen is None else part_lse[0].masked_fill(~seen.repeat(1, fold), -torch.inf)
-    if rows.some_empty:
-        out[rows.empty], lse[rows.empty] = 0, -torch.inf
-    return _whole(out, batch, heads, bq, fold)[:, :, :q_len], _whole(lse, batch, heads, bq, fold)[:, :, :q_len]
+            part, part_lse = part.reshape(count, fold * bq, -1), part_lse.reshape(count, -1)
+            if masked:
+                unseen = ~visible.any(-1).expand(-1, bq).repeat(1, fold) if visible is not None else None
+                part_lse = part_lse if unseen is None else part_lse.masked_fill(unseen, -torch.inf)
+                part, part_lse = _merged(out[chunk.place], lse[chunk.place], part, part_lse)
+            out[chunk.place], lse[chunk.place] = part, part_lse
+    out, lse = (_whole(x, batch, heads, bq, fold)[:, :, :q_len] for x in (out, lse))
+    return out.to(dtype), lse
+
+
+def _merged(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = torch.logaddexp(lse, part_lse)
+    base = whole.nan_to_num(neginf=0.0)
+    return torch.exp(lse - base)[..., None] * out + torch.exp(part_lse - base)[..., None] * part, whole
 
 
 class _Buffers(threading.local):
@@ -90,17 +107,16 @@ def _whole(blocks: torch.Tensor, batch: int, heads: int, size: int, fold: int) -
 
 @dataclass
 class _Chunk:
-    """Rows that share a call; each takes `masked` masked and `clear` unmasked blocks, the shorter ones with padding."""
+    """Rows that share a call of `count` blocks each; the shorter ones are padded."""
 
     rows: torch.Tensor
     place: torch.Tensor | slice
-    masked: int
-    clear: int
+    count: int
     padded: bool
 
 
 class _Rows:
-    """The lists of every (batch row, head, query block), in order; the masked blocks of a row come first."""
+    """The lists of every (batch row, head, query block), in order."""
 
     def __init__(self, mask: BlockMask, batch: int, heads: int, kv_heads: int) -> None:
         self.mask, (self.blocks_q, self.blocks_k) = mask, mask.shape[-2:]
@@ -114,96 +130,75 @@ class _Rows:
         )
         full_num = each(mask.full_num)
         row = torch.arange(len(full_num))
-        self.batch, self.head, self.block = (
-            row // (heads * self.blocks_q),
-            row // self.blocks_q % heads,
-            row % self.blocks_q,
-        )
+        self.batch, self.head = row // (heads * self.blocks_q), row // self.blocks_q % heads
+        self.block = row % self.blocks_q
         # Full blocks on the causal diagonal, and a last one that is shorter than the others, are masked as well.
         clear = torch.full_like(row, self.blocks_k - (mask.kv_len % mask.block_size[1] > 0))
         if mask.causal:
             first_query = self.block * mask.block_size[0] + mask.kv_len - mask.q_len
             clear = torch.minimum(clear, (first_query + 1).clamp(min=0) // mask.block_size[1])
         listed = torch.arange(self.blocks_k) < full_num[:, None]
-        self.clear = (listed & (self.full_idx < clear[:, None])).sum(1, dtype=torch.int32)
+        self.clear = (listed & (self.full_idx < clear[:, None])).sum(1)
         self.masked = self.partial_num + full_num - self.clear
-        self.count = self.clear + self.masked
-        self.longest, self.empty = max(int(self.count.max()), 1), self.count == 0
-        self.some_empty = bool(self.empty.any())
+        self.some_not_clear = bool((self.clear == 0).any())
+        self.longest = max(int(self.clear.max()), int(self.masked.max()), 1)
         self.first_key = (self.batch * kv_heads + self.head // (heads // kv_heads)) * self.blocks_k
         self.full_at = self.full_idx + self.first_key[:, None]
 
-    def chunks(self, capacity: int) -> Iterator[_Chunk]:
-        """Rows alike in their counts, few enough for the buffer."""
-        order = ((self.masked > 0) * (2 * self.blocks_k) + self.count).argsort(descending=True, stable=True)
-        order = order[: len(order) - int(self.empty.sum())]
-        kinds, lengths = torch.stack([self.masked[order], self.clear[order]], 1).unique_consecutive(
-            dim=0, return_counts=True
-        )
-        at, start, work, most_masked, most_clear = 0, 0, 0, 0, 0
-        for (masked, clear), length in zip(kinds.tolist(), lengths.tolist(), strict=True):
+    def chunks(self, counts: torch.Tensor, capacity: int) -> Iterator[_Chunk]:
+        """Rows of similar `counts`, few enough for the buffer, the longest first; rows of no block are left out."""
+        order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+        kinds, lengths = counts[order].unique_consecutive(return_counts=True)
+        at, start, work, widest = 0, 0, 0, 0
+        for count, length in zip(kinds.tolist(), lengths.tolist(), strict=True):
             end = at + length
             while at < end:
-                wide = max(most_masked, masked) + max(most_clear, clear)
-                more = self._more(at - start, work, wide, masked + clear, capacity)
-                if at > start and (more < 1 or bool(masked) != bool(most_masked)):
-                    yield self._chunk(order[start:at], most_masked, most_clear, work)
-                    start, work, most_masked, most_clear = at, 0, 0, 0
-                    continue
-                taken = min(end - at, max(more, 1))
-                at, work = at + taken, work + taken * (masked + clear)
-                most_masked, most_clear = max(most_masked, masked), max(most_clear, clear)
+                widest = max(widest, count)
+                waste = widest - (1 + PADDING) * count
+                allowed = ((1 + PADDING) * work - (at - start) * widest) / waste if waste > 0 else capacity
+                more = min(end - at, int(allowed), capacity // widest - (at - start))
+                if at > start and more < 1:
+                    yield _chunk(order[start:at], widest, work)
+                    start, work, widest = at, 0, 0
+                else:
+                    at, work = at + max(more, 1), work + max(more, 1) * count
         if start < at:
-            yield self._chunk(order[start:at], most_masked, most_clear, work)
+            yield _chunk(order[start:at], widest, work)
 
-    @staticmethod
-    def _more(rows: int, work: int, wide: int, count: int, capacity: int) -> int:
-        """How many rows of `count` blocks may join `rows` of `work` blocks in a call that is `wide` blocks wide."""
-        waste = wide - (1 + PADDING) * count
-        allowed = ((1 + PADDING) * work - rows * wide) / waste if waste > 0 else capacity
-        return int(min(allowed, capacity // wide - rows))
+    def gather(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Blocks of the rows that need no mask, one list after the other, and (rows, 1, tokens) what is no padding."""
+        blocks = self.full_at[chunk.place, : chunk.count].flatten()
+        if not chunk.padded:
+            return blocks, None
+        listed = torch.arange(chunk.count) < self.clear[chunk.place, None]
+        return blocks, listed.repeat_interleave(self.mask.block_size[1], 1)[:, None]
 
-    @staticmethod
-    def _chunk(rows: torch.Tensor, masked: int, clear: int, work: int) -> _Chunk:
-        first, last, alike = int(rows[0]), int(rows[-1]), len(rows) * (masked + clear) == work
-        neighbours = alike and last - first == len(rows) - 1  # rows of one kind are in ascending order
-        return _Chunk(rows, slice(first, last + 1) if neighbours else rows, masked, clear, not alike)
-
-    def gather(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Key blocks of these rows, one list after the other; additive mask (rows, bq or 1, tokens); and queries
-        (rows, bq) that see any key. The mask is None where nothing has to be masked, the last where all see some."""
-        if not chunk.masked and not chunk.padded:
-            return self.full_at[chunk.place, : chunk.clear].flatten(), None, None
-        rows, (bq, bk) = chunk.rows, self.mask.block_size
-        full = self.full_idx[rows, : chunk.clear]
+    def gather_masked(self, chunk: _Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks of the rows in which tokens are hidden, and the visible ones, (rows, bq or 1, tokens) bool."""
+        rows, (bq, bk), kv_len = chunk.rows, self.mask.block_size, self.mask.kv_len
         # the partial blocks, then the full ones that are masked all the same
-        place, partial = torch.arange(chunk.masked), self.partial_num[rows, None]
+        place, partial = torch.arange(chunk.count), self.partial_num[rows, None]
         at_edge = place >= partial
-        edge = (self.clear[rows, None] + place - partial).clamp(0, self.blocks_k - 1).long()
-        masked = torch.where(at_edge, self.full_idx[rows].gather(1, edge), self.partial_idx[rows, : chunk.masked])
-        blocks = (torch.cat([masked, full], 1) + self.first_key[rows, None]).flatten()
-        listed = (
-            (place < self.masked[rows, None]).repeat_interleave(bk, 1)[:, None],
-            (torch.arange(chunk.clear) < self.clear[rows, None]).repeat_interleave(bk, 1)[:, None],
-        )
-        k = (masked[:, :, None] * bk + torch.arange(bk)).flatten(1)[:, None]
-        visible = listed[0] & (k < self.mask.kv_len)
-        if self.mask.rule is None and not self.mask.causal:
-            return blocks, _bias(visible, listed[1]), None
-        q = self.block[rows, None, None] * bq + torch.arange(bq)[:, None]
+        edge = (self.clear[rows, None] + place - partial).clamp(0, self.blocks_k - 1)
+        blocks = torch.where(at_edge, self.full_idx[rows].gather(1, edge), self.partial_idx[rows, : chunk.count])
+        k = (blocks[:, :, None] * bk + torch.arange(bk, dtype=torch.int32)).flatten(1)[:, None]
+        visible = (k < kv_len) & (place < self.masked[rows, None]).repeat_interleave(bk, 1)[:, None]
+        q = (self.block[rows, None, None] * bq + torch.arange(bq)[:, None]).int()
         if self.mask.causal:
-            visible = visible & (k <= q + (self.mask.kv_len - self.mask.q_len))
+            visible = visible & (k <= q + (kv_len - self.mask.q_len))
         if self.mask.rule is not None:
             at = (self.batch[rows, None, None], self.head[rows, None, None])
-            seen = self.mask.rule(*at, q.clamp(max=self.mask.q_len - 1), k.clamp(max=self.mask.kv_len - 1))
+            seen = self.mask.rule(*at, q.clamp(max=self.mask.q_len - 1), k.clamp(max=kv_len - 1))
             visible = visible & (seen | at_edge.repeat_interleave(bk, 1)[:, None])
-        seen = visible.any(-1) | (self.clear[rows, None] > 0)
-        if bool(seen.all()):
-            return blocks, _bias(visible, listed[1].expand(-1, bq, -1)), None
-        return blocks, _bias(visible, listed[1].expand(-1, bq, -1)), seen
+        return (blocks + self.first_key[rows, None]).flatten(), visible
 
 
-def _bias(*visible: torch.Tensor) -> torch.Tensor:
-    """(rows, bq or 1, tokens) additive mask from the boolean masks of neighbouring keys."""
-    seen = torch.cat(visible, -1)
-    return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+def _chunk(rows: torch.Tensor, count: int, work: int) -> _Chunk:
+    first, last, alike = int(rows[0]), int(rows[-1]), len(rows) * count == work
+    neighbours = alike and last - first == len(rows) - 1  # rows of one count are in ascending order
+    return _Chunk(rows, slice(first, last + 1) if neighbours else rows, count, not alike)
+
+
+def _bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, 1, bq or 1, tokens) additive mask. Of another type than the queries it would be misread, silently."""
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)[:, None]
