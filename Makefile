@@ -24,8 +24,10 @@ test: $(VENV)/.test  ## run the tests
 test-slow: $(VENV)/.test  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-gpu: $(VENV)/.test  ## on a machine with a CUDA device: the GPU tests, and the benchmarks into benchmarks/
+gpu: $(VENV)/.test  ## on a machine with a CUDA device: the GPU tests, kernel settings tuned, benchmarks into benchmarks/
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/steer bench kernels --tune kernels/steer_kernels/tables
+	$(BIN)/steer bench kernels --repeats 30 --output benchmarks/kernels-cuda.json --plot docs/images/kernels-cuda.png
 	$(BIN)/steer bench guidance --output benchmarks/guidance-cuda.json
 
 lint: $(VENV)/.dev  ## check style, format and types

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -169,8 +170,8 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) 
             variants.append((kind, name, call))
 
     for name, sdpa in DENSE.items():
-        if name == "sdpa math" and case.tokens > 8192:
-            continue  # a map of all heads
+        if name == "sdpa math" and case.tokens > 4096:
+            continue  # it makes a map of all heads
         add("dense", name, partial(_sdpa, q, k, v, sdpa, case.causal))
     for backend in ("triton", "gather", "flex"):
         name = "flex" if backend == "flex" else f"steer {backend}"
@@ -269,10 +270,11 @@ def take_turns(calls: list[Callable[[], Any]], device: torch.device, repeats: in
     cache = torch.empty(64 << 20, device=device) if device.type == "cuda" else None
     with tqdm(total=len(calls) * (repeats + 1), desc=what, leave=False) as bar:
         for repeat in range(repeats + 1):
-            for times, call in zip(spent, calls, strict=True):
-                seconds = _seconds(call, cache)
+            # in another order every time: one leaves the caches to the next
+            for i in random.Random(repeat).sample(range(len(calls)), len(calls)):
+                seconds = _seconds(calls[i], cache)
                 if repeat:
-                    times.append(seconds)
+                    spent[i].append(seconds)
                 bar.update()
     return spent
 
@@ -386,7 +388,8 @@ def candidates(head_dim: int, block: tuple[int, int], processors: int) -> Iterat
 
 
 def tune(file: str, repeats: int, console: Console) -> None:
-    """Try the candidates of every head dim and block size on this GPU, and write the fastest as a table."""
+    """Try the candidates of every head dim and block size on this GPU; write the fastest as a table, or into a folder
+    under the device's name."""
     if not torch.cuda.is_available():
         raise ValueError("--tune measures on a CUDA device, and there is none")
     device = torch.device("cuda")
@@ -407,8 +410,9 @@ def tune(file: str, repeats: int, console: Console) -> None:
         "note": "The fastest of a few settings at 16,384 tokens and a density of 0.25.",
         "block_sparse": rows,
     }
-    Path(file).write_text(json.dumps(table, indent=2) + "\n")
-    console.print(f"written to {file}; in kernels/steer_kernels/tables/ it becomes the default for this device")
+    path = Path(file) / f"{name.lower()}.json" if Path(file).is_dir() else Path(file)
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    console.print(f"written to {path}; in kernels/steer_kernels/tables/ it becomes the default for this device")
 
 
 def _timed(head_dim: int, block: tuple[int, int], device: torch.device, repeats: int) -> Iterator[tuple[float, Config]]:

@@ -130,7 +130,8 @@ def bench_kernels(
     output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,
     plot: Annotated[str | None, typer.Option(help="Also draw speed against density, as PNG.")] = None,
     tune: Annotated[
-        str | None, typer.Option(help="Instead: try launch settings on this GPU, write them as this JSON table.")
+        str | None,
+        typer.Option(help="Instead: try launch settings on this GPU, write the table to this file or folder."),
     ] = None,
 ) -> None:
     """Sparse attention beside the best dense attention and compiled FlexAttention, at the shapes of known models."""

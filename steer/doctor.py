@@ -41,7 +41,7 @@ def doctor() -> Report:
     """Look at the libraries, the devices, the attention processors and the embedded models."""
     checks = [Check("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     checks += [_package(name) for name in PACKAGES]
-    checks += [_device(), _fused(), _processors(), _triton(), _demos()]
+    checks += [_device(), _fused(), _sparse(), _processors(), _triton(), _demos()]
     return Report(tuple(checks))
 
 
@@ -75,6 +75,27 @@ def _fused() -> Check:
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return Check("fused attention with log-sum-exp", False, str(error).splitlines()[0])
     return Check("fused attention with log-sum-exp", True, f"{device}, {dtype}".replace("torch.", ""))
+
+
+def _sparse() -> Check:
+    """Which kernel serves block-sparse attention here, and that it agrees with the reference."""
+    from steer_kernels import BlockMask, block_sparse_attention
+    from steer_kernels.block_sparse import backend_for
+
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    q = torch.randn(1, 2, 300, 64, device=device, dtype=dtype)
+    mask = BlockMask.dense(300, 300, device=device).with_causal()
+    with torch.no_grad():
+        backend = backend_for(q, q, q, mask)
+        try:
+            found, expected = (block_sparse_attention(q, q, q, mask, backend=name) for name in (backend, "reference"))
+        except Exception as error:  # whatever the compiler or the driver throws is the finding
+            return Check("block-sparse attention", False, f"{backend}: {str(error).splitlines()[0]}")
+    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor)
+    close = torch.allclose(found, expected, atol=1e-2 if dtype == torch.float16 else 1e-4)
+    return Check(
+        "block-sparse attention", close, f"{backend} kernel" + ("" if close else " differs from the reference")
+    )
 
 
 def _processors() -> Check:

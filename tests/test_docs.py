@@ -55,6 +55,18 @@ def test_quoted_errors_exist(message: str) -> None:
     assert any(message in text for path in SOURCES for text in texts(path.read_text(encoding="utf-8")))
 
 
+def test_the_code_of_the_kernels_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks one after the other, as a reader would type them."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "docs/kernels.md", "exec"), names)
+    assert (tmp_path / "patterns.png").stat().st_size > 10_000
+
+
 RUN_EXAMPLE = """
 import torch, steer
 from diffusers import SD3Transformer2DModel
