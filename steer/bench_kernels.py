@@ -449,9 +449,10 @@ def _print(result: dict[str, Any], console: Console) -> None:
     title = f"median of {result['repeats']}; {about}"
     columns = ("case", "kernel", "density", "ms (spread)", "TFLOP/s", "x best dense", "x flex", "error to fp64")
     table = Table(*columns, title=title)
-    for row in result["rows"]:
+    refused: dict[tuple[str, str], list[str]] = {}
+    for row in sorted(result["rows"], key=lambda row: "refused" in row):
         if "refused" in row:
-            table.add_row(row["case"], row["kernel"], "", f"[dim]{row['refused'][:60]}[/]")
+            refused.setdefault((row["kernel"], row["refused"]), []).append(row["case"])
             continue
         table.add_row(
             row["case"],
@@ -464,6 +465,10 @@ def _print(result: dict[str, Any], console: Console) -> None:
             f"{row['error']:.1e}",
         )
     console.print(table)
+    cases = len({row["case"] for row in result["rows"]})
+    for (kernel, reason), names in refused.items():
+        where = "all cases" if len(names) == cases else ", ".join(names)
+        console.print(f"not measured: {kernel} ({where}): {reason}", style="dim", highlight=False)
     if result["decode"]:
         table = Table("decode", "cache", "tokens read", "ms (spread)", "GB/s", "x dense", title="one new token")
         for row in result["decode"]:

@@ -20,30 +20,40 @@ SHAPES = [  # batch, heads, key/value heads, queries, keys
     (1, 8, 1, 130, 5000),
     (1, 2, 2, 1, 3000),
 ]
+RULES = [(None, False), (None, True), ("box", False), ("box", True), ("disc", False)]
+BLOCKS = [(128, 128), (128, 64), (64, 64)]
+# every rule and block size in the main setting, and every width and dtype with the rules that differ most: each of
+# them compiles the kernel anew
+SETTINGS = [
+    *((torch.bfloat16, 128, *rule, blocks) for rule in RULES for blocks in BLOCKS),
+    *((torch.bfloat16, width, "box", True, blocks) for width in (64, 96, 256) for blocks in BLOCKS[::2]),
+    *(
+        (dtype, width, *RULES[n], BLOCKS[0])
+        for dtype in (torch.float16, torch.float32)
+        for width in (64, 128)
+        for n in (0, 3)
+    ),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [64, 96, 128, 256])
-@pytest.mark.parametrize("rule, causal", [(None, False), (None, True), ("box", False), ("box", True), ("disc", False)])
-@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (64, 64)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, width, rule, causal, blocks", SETTINGS)
 def test_equals_masked_attention(
-    shape: tuple, blocks: tuple, rule: str | None, causal: bool, width: int, dtype: torch.dtype
+    dtype: torch.dtype, width: int, rule: str | None, causal: bool, blocks: tuple[int, int]
 ) -> None:
-    batch, heads, kv, q_len, kv_len = shape
-    q, k, v = draw(0, batch, heads, kv, q_len, kv_len, width, dtype)
-    mask = random_mask(0, 1, heads, q_len, kv_len, blocks, 0.5, rule)
-    visible = (mask.with_causal() if causal else mask).to_tokens()
-    truth, true_lse = masked_attention(q, k, v, visible, width**-0.5)
-    out, lse = block_sparse_attention(
-        q.cuda(), k.cuda(), v.cuda(), mask.to("cuda"), is_causal=causal, return_lse=True, backend="triton"
-    )
-    out, lse = out.cpu().double(), lse.cpu().double()
-    yardstick = low_precision_error(q, k, v, visible, width**-0.5, truth)
-    assert (out - truth).norm() <= 1.5 * yardstick + 1e-6 * truth.norm()
-    seen = true_lse > -torch.inf
-    assert torch.equal(lse > -torch.inf, seen) and (out[~seen] == 0).all()
-    assert torch.allclose(lse[seen], true_lse[seen], atol=1e-4 if dtype == torch.float32 else 2e-2)
+    for batch, heads, kv, q_len, kv_len in SHAPES:
+        q, k, v = draw(0, batch, heads, kv, q_len, kv_len, width, dtype)
+        mask = random_mask(0, 1, heads, q_len, kv_len, blocks, 0.5, rule)
+        visible = (mask.with_causal() if causal else mask).to_tokens()
+        truth, true_lse = masked_attention(q, k, v, visible, width**-0.5)
+        out, lse = block_sparse_attention(
+            q.cuda(), k.cuda(), v.cuda(), mask.to("cuda"), is_causal=causal, return_lse=True, backend="triton"
+        )
+        out, lse = out.cpu().double(), lse.cpu().double()
+        yardstick = low_precision_error(q, k, v, visible, width**-0.5, truth)
+        assert (out - truth).norm() <= 1.5 * yardstick + 1e-6 * truth.norm()
+        seen = true_lse > -torch.inf
+        assert torch.equal(lse > -torch.inf, seen) and (out[~seen] == 0).all()
+        assert torch.allclose(lse[seen], true_lse[seen], atol=1e-4 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("tma", [False, True])

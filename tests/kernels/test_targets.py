@@ -61,7 +61,7 @@ def compiled(
     bq, bk = row["block"]
     edges = 1 << (bq // bk + 1).bit_length() if causal else 1
     constants = dict(
-        GROUP=1, D=row["head_dim"], PADDED_D=row["head_dim"], BQ=bq, BK=bk, TILE_Q=row["tile_q"], TILE_K=row["tile_k"],
+        D=row["head_dim"], PADDED_D=row["head_dim"], BQ=bq, BK=bk, TILE_Q=row["tile_q"], TILE_K=row["tile_k"],
         RULE=rule, AXES=3 if rule == 1 else 2, CAUSAL=causal, RAGGED=True, EDGES=edges, TMA=tma, PRECISION="tf32",
     )  # fmt: skip
     launch = dict(num_warps=row["warps"], num_stages=row["stages"])

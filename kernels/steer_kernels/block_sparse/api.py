@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Literal, overload
 
 import torch
 
@@ -15,6 +16,30 @@ from steer_kernels.rule import ModRule, TokenRule
 BACKENDS = ("triton", "gather", "flex", "reference")  # in the order of preference
 
 
+@overload
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+@overload
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def block_sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -57,9 +57,9 @@ def forward(
             work.items, work.counts,
             mask.full_num, mask.full_idx, mask.partial_num, mask.partial_idx,
             table_q, *_strides(table_q), table_k, *_strides(table_k),
-            heads, q_len, mask.kv_len, rows, *mask.shape,
+            heads, heads // key.shape[1], q_len, mask.kv_len, rows, *mask.shape,
             scale * LOG2_E, rule.radius_squared if rule else 0,
-            GROUP=heads // key.shape[1], D=width, PADDED_D=padded, BQ=bq, BK=bk, TILE_Q=tile, TILE_K=tile_k,
+            D=width, PADDED_D=padded, BQ=bq, BK=bk, TILE_Q=tile, TILE_K=tile_k,
             RULE=RULES[rule.kind if rule else ""], AXES=rule.axes if rule else 0,
             CAUSAL=mask.causal, RAGGED=ragged, EDGES=edges, TMA=descriptors,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -86,9 +86,9 @@ def _attend(
     items_ptr, counts_ptr,
     full_num_ptr, full_idx_ptr, partial_num_ptr, partial_idx_ptr,
     rule_q_ptr, rule_q_stride_b, rule_q_stride_h, rule_k_ptr, rule_k_stride_b, rule_k_stride_h,
-    heads, q_len, kv_len, rows, mask_batch, mask_heads, mask_rows, mask_columns,
+    heads, group, q_len, kv_len, rows, mask_batch, mask_heads, mask_rows, mask_columns,
     scale_log2, radius_squared,
-    GROUP: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, RULE: tl.constexpr, AXES: tl.constexpr,
     CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EDGES: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +101,7 @@ def _attend(
         slot = tl.load(items_ptr + 4 * item + 3)
         b = (row // (heads * rows)).to(tl.int64)
         h = (row // rows % heads).to(tl.int64)
-        kv_head = h // GROUP
+        kv_head = h // group
         tile = row % rows
         tokens = tile * TILE_Q + tl.arange(0, TILE_Q)
         inside = (tokens < q_len)[:, None] & (width < D)[None, :]

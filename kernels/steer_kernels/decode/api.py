@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from typing import Literal, overload
 
 import torch
 
@@ -17,6 +18,32 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once, too
 
 
+@overload
+def gathered_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    page_size: int,
+    lengths: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+@overload
+def gathered_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    page_size: int,
+    lengths: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def gathered_decode(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import torch
 
@@ -12,6 +13,36 @@ from steer_kernels.grouped import reference
 from steer_kernels.rule import TokenRule
 
 
+@overload
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: torch.Tensor,
+    reweight: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    count: int | None = ...,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    block_mask: BlockMask | None = ...,
+    return_mass: Literal[False] = ...,
+    backend: str | None = ...,
+) -> torch.Tensor: ...
+@overload
+def grouped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    groups: torch.Tensor,
+    reweight: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    count: int | None = ...,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    block_mask: BlockMask | None = ...,
+    return_mass: Literal[True],
+    backend: str | None = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def grouped_attention(
     query: torch.Tensor,
     key: torch.Tensor,
