@@ -152,9 +152,14 @@ ON_CPU = [
 @settings(max_examples=12)
 @given(shape=shapes)
 def test_low_precision(backend: str, dtype: torch.dtype, shape: dict) -> None:
-    """Over odd shapes; over a handful of tokens eager is nearly exact by chance, so one rounding is allowed for."""
+    """Over odd shapes; over a handful of tokens eager is nearly exact by chance, so one rounding is allowed for.
+
+    In float32 that is one of the scores, on which everything rests: a score of 4, as they occur here, that is off by
+    half a unit in the last place on both sides changes its weight by 4 eps. In 16 bits it is one of the output, as
+    the kernels keep scores in float32.
+    """
     found, plain, size = errors(shape, backend, dtype)
-    assert found <= 1.5 * plain + 0.5 * torch.finfo(dtype).eps * size
+    assert found <= 1.5 * plain + (4 if dtype == torch.float32 else 0.5) * torch.finfo(dtype).eps * size
 
 
 @pytest.mark.parametrize("backend, dtype", ON_CPU)
