@@ -11,6 +11,7 @@ from torch.nn.attention import flex_attention as flex
 
 from steer_kernels.rule import ModRule, TokenRule
 from steer_kernels.schedule import Schedule, schedule
+from steer_kernels.shapes import pair_of_blocks
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +71,7 @@ class BlockMask:
         Raises:
             ValueError: shapes or lengths that do not fit together.
         """
-        bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+        bq, bk = pair_of_blocks(block_size)
         if keep.ndim != 4 or keep.dtype != torch.bool:
             raise ValueError(f"keep must be bool (B, H, nQ, nK); got {keep.dtype} {tuple(keep.shape)}")
         rows, columns = keep.shape[-2:]
@@ -102,7 +103,7 @@ class BlockMask:
         cls, q_len: int, kv_len: int, block_size: tuple[int, int] | int = 128, device: torch.device | str = "cpu"
     ) -> BlockMask:
         """Every block; `.with_causal()` makes it causal."""
-        bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+        bq, bk = pair_of_blocks(block_size)
         keep = torch.ones(1, 1, -(-q_len // bq), -(-kv_len // bk), dtype=torch.bool, device=device)
         return cls.from_bool(keep, (bq, bk), q_len=q_len, kv_len=kv_len)
 
@@ -286,7 +287,7 @@ class BlockMask:
         kv_len: int,
     ) -> BlockMask:
         """From FlashInfer's block-sparse rows: `indptr` (nQ + 1,), `indices` (blocks,), the same for every head."""
-        bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+        bq, bk = pair_of_blocks(block_size)
         rows, columns = -(-q_len // bq), -(-kv_len // bk)
         if indptr.numel() != rows + 1:
             raise ValueError(f"{q_len} queries in blocks of {bq} need {rows + 1} entries of indptr, got {len(indptr)}")

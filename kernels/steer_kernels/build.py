@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from steer_kernels.block_mask import BlockMask
+from steer_kernels.shapes import pair_of_blocks
 
 
 def top_k(
@@ -219,7 +220,7 @@ def _lengths(
 def _sizes(
     rows: int, columns: int, block_size: int | tuple[int, int], q_len: int | None, kv_len: int | None
 ) -> tuple[tuple[int, int], int, int]:
-    bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
+    bq, bk = pair_of_blocks(block_size)
     q_len, kv_len = q_len or rows * bq, kv_len or columns * bk
     made = -(-q_len // bq), -(-kv_len // bk)
     if made != (rows, columns):

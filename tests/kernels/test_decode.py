@@ -310,7 +310,7 @@ def test_errors_name_the_shapes() -> None:
     fails(r"must be \(B, H, S, D\)", query[0], key, key, pages)
     fails("do not fit together", query, key, key[:, :, 1:], pages)
     fails("multiple of key/value heads", query[:, :4], key, key, pages)
-    fails("differ in type", query.half(), key, key, pages)
+    fails("one dtype and one device", query.half(), key, key, pages)
     fails(r"Hp one of \(1, 3, 6\); got \(2, 2, 1\)", query, key, key, pages[:, :2])
     fails("pages must be int32 or int64", query, key, key, pages.float())
     fails(r"lengths must be \(B,\) = \(2,\)", query, key, key, pages, lengths=torch.ones(3, dtype=torch.int64))

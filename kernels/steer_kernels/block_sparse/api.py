@@ -12,6 +12,7 @@ from steer_kernels.block_mask import BlockMask
 from steer_kernels.block_sparse import gather, reference
 from steer_kernels.config import config
 from steer_kernels.rule import ModRule, TokenRule
+from steer_kernels.shapes import check_attention
 
 BACKENDS = ("triton", "gather", "flex", "reference")  # in the order of preference
 
@@ -253,16 +254,8 @@ def _(
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: BlockMask) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"query, key and value must be (B, H, S, D); got {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query, key and value do not fit together: {shapes}")
+    check_attention(query, key, value)
     heads, kv_heads = query.shape[1], key.shape[1]
-    if heads % kv_heads:
-        raise ValueError(f"query heads must be a multiple of key/value heads: {shapes}")
-    if len({t.dtype for t in (query, key, value)}) > 1 or len({t.device for t in (query, key, value)}) > 1:
-        raise ValueError("query, key and value must have one dtype and one device")
     if (mask.q_len, mask.kv_len) != (query.shape[2], key.shape[2]):
         raise ValueError(
             f"the mask is for {mask.q_len} queries and {mask.kv_len} keys; got {query.shape[2]} and {key.shape[2]}"

@@ -10,6 +10,7 @@ from typing import Literal, overload
 import torch
 
 from steer_kernels.decode import reference
+from steer_kernels.shapes import check_attention
 
 BACKENDS = ("triton", "gather", "reference")
 MAX_ROWS = 128  # query rows that one Triton program can hold in registers
@@ -144,15 +145,10 @@ def _check(
     page_size: int,
     lengths: torch.Tensor | None,
 ) -> None:
+    check_attention(query, key, value)
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"query, key and value must be (B, H, S, D); got {shapes}")
-    if key.shape != value.shape or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query, key and value do not fit together: {shapes}")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key/value heads: {shapes}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value differ in type: {query.dtype}, {key.dtype}, {value.dtype}")
+    if key.shape != value.shape:
+        raise ValueError(f"keys and values of a cache have one shape: {shapes}")
     heads = (1, key.shape[1], query.shape[1])
     if pages.ndim != 3 or pages.shape[0] != query.shape[0] or pages.shape[1] not in heads:
         raise ValueError(f"pages must be (B, Hp, P) with Hp one of {heads}; got {tuple(pages.shape)} for {shapes}")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from steer_kernels.estimate import chunked, reference
+from steer_kernels.shapes import check_attention, pair_of_blocks
 
 BACKENDS = ("triton", "torch", "reference")
 HAS_TRITON = find_spec("triton") is not None
@@ -228,17 +229,8 @@ def _draw(
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, block_size: int | tuple[int, int]) -> tuple[int, int]:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}"
-    if query.ndim != 4 or key.ndim != 4:
-        raise ValueError(f"query and key must be (B, H, S, D); got {shapes}")
-    if query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1] or query.dtype != key.dtype:
-        raise ValueError(f"query and key do not fit together: {shapes}, {query.dtype} and {key.dtype}")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key heads: {shapes}")
-    bq, bk = (block_size, block_size) if isinstance(block_size, int) else block_size
-    if bq < 1 or bk < 1:
-        raise ValueError(f"blocks hold at least one token; got block_size={block_size}")
-    return bq, bk
+    check_attention(query, key)
+    return pair_of_blocks(block_size)
 
 
 def _scale(query: torch.Tensor, scale: float | None) -> float:

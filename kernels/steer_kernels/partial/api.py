@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from steer_kernels.partial import reference
+from steer_kernels.shapes import check_attention
 
 BACKENDS = ("flash", "reference")
 
@@ -34,7 +35,7 @@ def partial(
     Raises:
         ValueError: shapes that do not fit, or an explicit backend that cannot serve this call.
     """
-    _check(query, key, value)
+    check_attention(query, key, value)
     reason = _refusal(query, mask)
     if backend is None:
         backend = "reference" if reason else "flash"
@@ -58,16 +59,6 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Ten
     if not parts:
         raise ValueError("merge needs at least one part")
     return reference.merge(list(parts))
-
-
-def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"query, key and value must be (B, H, S, D); got {shapes}")
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query, key and value do not fit together: {shapes}")
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key/value heads: {shapes}")
 
 
 def _refusal(query: torch.Tensor, mask: torch.Tensor | None) -> str | None:

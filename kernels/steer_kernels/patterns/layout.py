@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from steer_kernels.block_mask import BlockMask
 from steer_kernels.rule import ALWAYS_VISIBLE, EVERYTHING, TokenRule
+from steer_kernels.shapes import pair_of_blocks
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,6 @@ class Layout:
 
     def _with_text(self, table: torch.Tensor, value: int) -> torch.Tensor:
         return pad(table.int(), (self.text, 0) if self.text_first else (0, self.text), value=value)[None, None]
-
-
-def pair_of_blocks(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"block_size={block_size} must be one number or (query, key), at least 1")
-    return pair
 
 
 def at_least(least: int, **numbers: float) -> None:

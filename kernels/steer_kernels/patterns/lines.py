@@ -8,8 +8,9 @@ import torch
 from torch.nn.functional import pad
 
 from steer_kernels.block_mask import BlockMask
-from steer_kernels.patterns.layout import at_least, pair_of_blocks
+from steer_kernels.patterns.layout import at_least
 from steer_kernels.rule import ALWAYS_VISIBLE, EVERYTHING, TokenRule
+from steer_kernels.shapes import pair_of_blocks
 
 
 def sink_window(
