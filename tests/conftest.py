@@ -1,6 +1,7 @@
 """Puts this folder on the path of every test: `tiny`, `tiny_pipelines` and `probes` are imported by name."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,8 +19,14 @@ settings.load_profile("steer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run where there is a CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Tests marked `gpu` run where there is a CUDA device, and those marked `interpreted` where there is none."""
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "interpreted": "there is a CUDA device" if torch.cuda.is_available() else None,
+    }
+    if find_spec("triton") is None:
+        missing["interpreted"] = "triton is not installed"
+    for item in items:
+        for mark, reason in missing.items():
+            if reason and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -15,7 +15,7 @@ from torch.nn.attention import flex_attention as flex
 from steer_kernels import BlockMask, block_sparse_attention, merge
 from steer_kernels.block_sparse import backend_for, refusal
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="see test_gpu.py"))
+TRITON = pytest.param("triton", marks=pytest.mark.interpreted)
 EXACT = ["gather", "reference"]
 
 
@@ -92,6 +92,7 @@ def test_equals_masked_attention(backend: str, call: dict) -> None:
     assert (out[true_lse == -torch.inf] == 0).all()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls)
@@ -123,6 +124,7 @@ def test_error_within_low_precision_attention(backend: str, width: int, dtype: t
     assert (out.double() - truth).norm() <= slack * low_precision_error(q, k, v, visible, width**-0.5, truth)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("width", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton_head_dims(width: int, dtype: torch.dtype) -> None:
@@ -182,6 +184,7 @@ def test_strided_inputs(backend: str) -> None:
     assert torch.equal(block_sparse_attention(wide, k, v, mask, backend=backend), out)
 
 
+@pytest.mark.interpreted
 def test_very_long_rows_are_cut_and_merged() -> None:
     """One heavy row of 140 blocks beside light ones: the schedule cuts it, and the pieces make the whole."""
     keep = torch.zeros(1, 2, 3, 140, dtype=torch.bool)
@@ -195,6 +198,7 @@ def test_very_long_rows_are_cut_and_merged() -> None:
     assert torch.allclose(out.double(), truth, atol=1e-6) and torch.allclose(lse.double(), true_lse, atol=1e-5)
 
 
+@pytest.mark.interpreted
 def test_triton_tiles_smaller_than_blocks_and_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch settings change the speed alone: tiles, and keys loaded through tensor-map descriptors."""
     from steer_kernels.block_sparse import api
@@ -286,6 +290,7 @@ def test_choice_of_backend() -> None:
     assert torch.autograd.grad(out.sum(), q)[0].isfinite().all()
 
 
+@pytest.mark.interpreted
 def test_refusals_say_why() -> None:
     q, k, v = draw(16, 1, 4, 2, 40, 50, 16, torch.float32)
     mask = BlockMask.dense(40, 50, 16)
@@ -320,6 +325,7 @@ def test_refusals_say_why() -> None:
     refused("do not fit together", v=v[:, :, :3])
 
 
+@pytest.mark.interpreted
 def test_triton_missing_or_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = draw(17, 1, 1, 1, 16, 16, 16, torch.float32)
     mask = BlockMask.dense(16, 16, 16)

@@ -16,8 +16,12 @@ from hypothesis import strategies as st
 
 import steer_kernels.decode.api as api
 from steer_kernels.decode import PageSummary, gathered_decode, page_scores, page_summary, refusal, select_pages
-from steer_kernels.decode import triton as kernels
 from steer_kernels.partial import merge
+
+pytest.importorskip("triton")
+from steer_kernels.decode import triton as kernels
+
+pytestmark = pytest.mark.interpreted
 
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

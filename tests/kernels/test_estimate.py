@@ -18,6 +18,8 @@ from steer_kernels import partial
 from steer_kernels.estimate import block_mass, chunked, pooled_scores, qk_estimate, reference
 from steer_kernels.estimate.api import _draw
 
+pytestmark = pytest.mark.interpreted
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
