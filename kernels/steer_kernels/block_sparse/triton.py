@@ -10,12 +10,16 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from steer_kernels.block_mask import BlockMask
 from steer_kernels.config import Config
 from steer_kernels.rule import ModRule
 from steer_kernels.schedule import Schedule
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4: keys and values are loaded through pointers
+    TensorDescriptor = None
 
 LOG2_E = 1.4426950408889634
 RULES = {"": 0, "box": 1, "disc": 2}
@@ -44,7 +48,7 @@ def forward(
     scratch_lse = query.new_empty(slots, tile, dtype=torch.float32)
 
     keys, values = key, value
-    ragged, descriptors = mask.kv_len % bk != 0, config.tma and padded == width
+    ragged, descriptors = mask.kv_len % bk != 0, config.tma and padded == width and TensorDescriptor is not None
     if descriptors:
         keys, values = (TensorDescriptor(t, [*t.shape], [*t.stride()], [1, 1, tile_k, padded]) for t in (key, value))
     # a mask without a rule passes two tables that nobody reads
