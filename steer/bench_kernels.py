@@ -13,8 +13,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,6 @@ from steer_kernels import (
     select_pages,
 )
 from steer_kernels.block_sparse import refusal
-from steer_kernels.config import Config
 
 SAMPLED_QUERIES = 64
 DENSE = {
@@ -154,7 +152,7 @@ def run(
 def measure(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     """One row for every kernel that can serve the case, and one with the reason for every one that cannot."""
     mask = case.mask(device)
-    q, k, v = _inputs(case, device, dtype)
+    q, k, v = inputs(case, device, dtype)
     sampled = torch.linspace(0, case.tokens - 1, SAMPLED_QUERIES, device=device).long().unique()
     exact = {True: _exact(q, k, v, mask, sampled), False: _exact(q, k, v, _dense_mask(case, device), sampled)}
     variants: list[tuple[str, str, Callable[[], Any]]] = []
@@ -211,7 +209,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, repeats: int) 
     return rows
 
 
-def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     g = torch.Generator(device).manual_seed(0)
     return tuple(
         torch.randn(1, heads, case.tokens, case.width, generator=g, device=device, dtype=dtype)
@@ -306,18 +304,29 @@ def measure_decode(device: torch.device, dtype: torch.dtype, repeats: int, small
     def choose(pages: int) -> torch.Tensor:
         return select_pages(page_scores(q, summary), pages, page_size=page)
 
+    def error(found: torch.Tensor, seen: torch.Tensor) -> float:
+        scores = folded.double() @ k.double().mT * width**-0.5
+        truth = torch.softmax(scores.masked_fill(~seen[:, :, None], -torch.inf), -1) @ v.double()
+        return float((found.double().view_as(truth) - truth).norm() / truth.norm())
+
     rows: list[dict[str, Any]] = []
+    everything = torch.ones(1, kv_heads, length, dtype=torch.bool, device=device)
     calls: list[Callable[[], Any]] = [partial(F.scaled_dot_product_attention, folded, k, v)]
-    names = [("dense sdpa", length)]
+    errors: list[float | None]
+    names, errors = [("dense sdpa", length)], [error(calls[0](), everything)]
     for budget in kept:
         pages = choose(budget // page)
         names.append(("steer, listed pages", budget))
         calls.append(partial(gathered_decode, q, k, v, pages, page_size=page))
+        listed = torch.zeros(1, kv_heads, length // page, dtype=torch.bool, device=device)
+        listed.scatter_(-1, pages.clamp(min=0).long(), True)  # the first page, which an unused slot names, is listed
+        errors.append(error(calls[-1](), listed.repeat_interleave(page, -1)))
         names.append(("steer, scores and choice", budget))
         calls.append(partial(choose, budget // page))
+        errors.append(None)
     times = take_turns(calls, device, max(repeats, 20), "decode")
     best = statistics.median(times[0])
-    for (name, tokens), spent in zip(names, times, strict=True):
+    for (name, tokens), wrong, spent in zip(names, errors, times, strict=True):
         seconds = statistics.median(spent)
         moved = 2 * kv_heads * tokens * width * dtype.itemsize
         if "scores" in name:
@@ -331,6 +340,7 @@ def measure_decode(device: torch.device, dtype: torch.dtype, repeats: int, small
                 "spread": (max(spent) - min(spent)) * 1e3,
                 "gigabytes_per_second": moved / seconds / 1e9,
                 "over_dense": best / seconds,
+                "error": wrong,
             }
         )
     return rows
@@ -377,59 +387,6 @@ def measure_building(device: torch.device, repeats: int, small: bool) -> list[di
     return rows
 
 
-def candidates(head_dim: int, block: tuple[int, int], processors: int) -> Iterator[Config]:
-    """Launch settings worth a try."""
-    tile_q = min(block[0], 128 if head_dim <= 128 else 64)
-    warps = 8 if tile_q * head_dim > 64 * 64 else 4
-    for tile_k, stages in ((128, 2), (64, 3), (64, 2), (32, 3)):
-        if tile_k <= block[1] and tile_k * head_dim <= 128 * 128:
-            for tma in (False, True):
-                yield Config(tile_q, tile_k, warps, stages, tma, processors)
-
-
-def tune(file: str, repeats: int, console: Console) -> None:
-    """Try the candidates of every head dim and block size on this GPU; write the fastest as a table, or into a folder
-    under the device's name."""
-    if not torch.cuda.is_available():
-        raise ValueError("--tune measures on a CUDA device, and there is none")
-    device = torch.device("cuda")
-    name, rows = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").split()[0], []
-    for block in ((128, 128), (128, 64), (64, 64)):
-        for head_dim in (64, 128, 256):
-            timed = list(_timed(head_dim, block, device, repeats))
-            if timed:
-                seconds, best = min(timed, key=lambda pair: pair[0])
-                settings = {"tile_q": best.tile_q, "tile_k": best.tile_k, "stages": best.stages, "warps": best.warps}
-                rows.append(
-                    {"bytes": 2, "head_dim": head_dim, "block": list(block), **settings, "tma": best.tma, "per_sm": 1}
-                )
-                console.print(f"{block} head_dim {head_dim}: {seconds * 1e3:.2f} ms with {best}")
-    table = {
-        "match": name,
-        "measured": environment(device, torch.bfloat16),
-        "note": "The fastest of a few settings at 16,384 tokens and a density of 0.25.",
-        "block_sparse": rows,
-    }
-    path = Path(file) / f"{name.lower()}.json" if Path(file).is_dir() else Path(file)
-    path.write_text(json.dumps(table, indent=2) + "\n")
-    console.print(f"written to {path}; in kernels/steer_kernels/tables/ it becomes the default for this device")
-
-
-def _timed(head_dim: int, block: tuple[int, int], device: torch.device, repeats: int) -> Iterator[tuple[float, Config]]:
-    """Seconds of every setting that the device accepts."""
-    from steer_kernels.block_sparse import triton
-
-    keep = random_mask(16384, 16, 0.25, block[0])(device).to_bool()
-    mask = BlockMask.from_bool(keep.repeat_interleave(block[0] // block[1], -1), block)
-    q, k, v = _inputs(Case("tune", 16, 16, 16384, head_dim, lambda device: mask), device, torch.bfloat16)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    for settings in candidates(head_dim, block, processors):
-        work = mask.schedule(1, 16, block[0] // settings.tile_q, settings.programs)
-        call = partial(triton.forward, q, k, v, mask, head_dim**-0.5, settings, work)
-        with suppress(Exception):  # a setting that does not fit the device
-            yield statistics.median(take_turns([call], device, repeats, f"{block} {head_dim}")[0]), settings
-
-
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     versions: dict[str, Any] = {"torch": torch.__version__}
@@ -470,7 +427,9 @@ def _print(result: dict[str, Any], console: Console) -> None:
         where = "all cases" if len(names) == cases else ", ".join(names)
         console.print(f"not measured: {kernel} ({where}): {reason}", style="dim", highlight=False)
     if result["decode"]:
-        table = Table("decode", "cache", "tokens read", "ms (spread)", "GB/s", "x dense", title="one new token")
+        table = Table(
+            "decode", "cache", "tokens read", "ms (spread)", "GB/s", "x dense", "error to fp64", title="one new token"
+        )
         for row in result["decode"]:
             table.add_row(
                 row["kernel"],
@@ -479,6 +438,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
                 f"{row['milliseconds']:.3f} ({row['spread']:.3f})",
                 f"{row['gigabytes_per_second']:.0f}",
                 f"{row['over_dense']:.2f}",
+                "" if row["error"] is None else f"{row['error']:.1e}",
             )
         console.print(table)
     if result["building"]:

@@ -135,12 +135,12 @@ def bench_kernels(
     ] = None,
 ) -> None:
     """Sparse attention beside the best dense attention and compiled FlexAttention, at the shapes of known models."""
-    from steer import bench_kernels as bench
+    from steer import bench_kernels, tune_kernels
 
     if tune:
-        bench.tune(tune, repeats, console)
+        tune_kernels.tune(tune, repeats, console)
         return
-    bench.run(device=device, repeats=repeats, small=small, only=only, output=output, plot=plot, console=console)
+    bench_kernels.run(device=device, repeats=repeats, small=small, only=only, output=output, plot=plot, console=console)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from test_block_mask import random_rule
 from torch.nn.attention import flex_attention as flex
 
 from steer_kernels import BlockMask, block_sparse_attention, merge
-from steer_kernels.block_sparse import backend_for, refusal
+from steer_kernels.block_sparse import backend_for, gather, refusal
 
 TRITON = pytest.param("triton", marks=pytest.mark.interpreted)
 EXACT = ["gather", "reference"]
@@ -278,6 +278,16 @@ def test_operator_passes_torchs_own_check() -> None:
     )
 
 
+def test_inside_and_outside_of_inference_mode() -> None:
+    """Scratch memory that is first made in inference mode serves later calls as well."""
+    q, k, v = draw(19, 1, 2, 2, 40, 500, 16, torch.float32)
+    mask = random_mask(19, 1, 2, 40, 500, (16, 16), 0.6, "box")
+    gather._buffers.kept.clear()
+    with torch.inference_mode():
+        inside = block_sparse_attention(q, k, v, mask, is_causal=True, backend="gather")
+    assert torch.equal(block_sparse_attention(q, k, v, mask, is_causal=True, backend="gather"), inside)
+
+
 def test_choice_of_backend() -> None:
     q, k, v = draw(15, 1, 2, 2, 40, 40, 16, torch.float32)
     mask = BlockMask.dense(40, 40, 16)
@@ -306,7 +316,7 @@ def test_refusals_say_why() -> None:
         with pytest.raises(ValueError, match=match):
             block_sparse_attention(q, k, v, mask, **options)  # type: ignore[arg-type]
 
-    refused('backend="fast" does not exist|choose from triton, gather, flex, reference', backend="fast")
+    refused("backend='fast' does not exist; choose from triton, gather, flex, reference", backend="fast")
     refused("head_dim 257 is above 256", *draw(0, 1, 1, 1, 40, 50, 257, torch.float32), backend="triton")
     refused("no kernel for torch.float64", q.double(), k.double(), v.double(), backend="triton")
     refused("interpreter multiplies bfloat16 wrongly", q.bfloat16(), k.bfloat16(), v.bfloat16(), backend="triton")

@@ -108,13 +108,15 @@ def test_masked_region_factors(backend: str, renormalise: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropped_keys_and_a_sparse_base(backend: str) -> None:
     q, k, v = draw(3, 1, 2, 2, 64, 80, 16, torch.float64)
-    groups = torch.randint(-1, 2, (80,), generator=torch.Generator().manual_seed(1))
+    groups = torch.randint(-1, 3, (80,), generator=torch.Generator().manual_seed(1))  # of two groups: -1 and 2 are none
     base = BlockMask.from_bool(torch.rand(1, 2, 4, 5, generator=torch.Generator().manual_seed(2)) < 0.6, 16)
-    scores = (0.5 * q @ k.mT).masked_fill(~base.to_tokens() | (groups < 0), -torch.inf)
+    scores = (0.5 * q @ k.mT).masked_fill(~base.to_tokens() | (groups < 0) | (groups > 1), -torch.inf)
     p = torch.softmax(scores, -1).nan_to_num(0.0)
     expected = (p * torch.where(groups == 0, 0.5, 1.0)) @ v
     weights = torch.tensor([0.5, 1.0], dtype=torch.float64)
-    out = grouped_attention(q, k, v, groups, lambda m: m * weights, scale=0.5, block_mask=base, backend=backend)
+    out = grouped_attention(
+        q, k, v, groups, lambda m: m * weights, count=2, scale=0.5, block_mask=base, backend=backend
+    )
     assert torch.allclose(out, expected, atol=1e-12)
 
 
@@ -123,6 +125,18 @@ def test_identity_is_plain_attention() -> None:
     groups = (torch.arange(140) % 7 == 0).long()
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=True)
     assert torch.allclose(grouped_attention(q, k, v, groups, lambda m: m, scale=0.5), plain, atol=1e-6)
+
+
+def test_traces() -> None:
+    q, k, v = draw(7, 1, 2, 2, 40, 40, 16, torch.float32)
+    groups = (torch.arange(40) % 5 > 0).long()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return grouped_attention(q, k, v, groups, damped, count=2, is_causal=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert torch.allclose(compiled, attend(q, k, v), atol=1e-6)
 
 
 @pytest.mark.interpreted

@@ -83,7 +83,8 @@ class _Buffers(threading.local):
     def of(self, what: str, like: torch.Tensor, size: int) -> torch.Tensor:
         """(size,) uninitialised, of the type of `like`."""
         if (what, like.dtype) not in self.kept or len(self.kept[what, like.dtype]) < size:
-            self.kept[what, like.dtype] = like.new_empty(size)
+            with torch.inference_mode(False):  # or it could not be written to outside inference mode
+                self.kept[what, like.dtype] = torch.empty(size, dtype=like.dtype)
         return self.kept[what, like.dtype][:size]
 
 

@@ -69,8 +69,8 @@ def grouped_attention(
 
     Args:
         query: (B, H, S_q, D). key, value: (B, H_kv, S_k, D), H a multiple of H_kv.
-        groups: (S_k,), (B, S_k) or (B or 1, H or 1, S_k) integer group of each key, 0 to G - 1; a negative one is
-            never attended, and takes no part in the softmax.
+        groups: (S_k,), (B, S_k) or (B or 1, H or 1, S_k) integer group of each key, 0 to G - 1; a key of any
+            other group is never attended, and takes no part in the softmax.
         reweight: from the masses (B, H, S_q, G), which sum to one (to zero for a query that sees no key), to the new
             ones; fp32, fp64 for fp64 input. A group whose mass is 0 contributes nothing.
         count: G; None = the largest group + 1, which waits for the device.

@@ -20,12 +20,12 @@ def forward(
     """Scale every group of the softmax map to its new mass: output (B, H, S_q, D) and new masses (B, H, S_q, G).
 
     Args:
-        groups: (B, H, S_k) group of each key, a negative one is never attended.
+        groups: (B, H, S_k) group of each key; one below 0 or from `count` on is never attended.
         visible: bool, broadcastable to (B, H, S_q, S_k), or None.
     """
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    hidden = (groups < 0)[:, :, None, :]
+    hidden = ((groups < 0) | (groups >= count))[:, :, None, :]
     if visible is not None:
         hidden = hidden | ~visible
     scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
