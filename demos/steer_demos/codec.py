@@ -40,6 +40,10 @@ class PatchCodec:
         scale = scale * (std / scale).square().mean().sqrt()
         return cls(mean.float(), components.float().contiguous(), scale.float())
 
+    def to(self, device: torch.device) -> "PatchCodec":
+        """The same codec on `device`."""
+        return PatchCodec(self.mean.to(device), self.components.to(device), self.scale.to(device))
+
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, 16, H / 4, W / 4)."""
         patches = F.pixel_unshuffle(pictures, PATCH).movedim(1, -1) - self.mean

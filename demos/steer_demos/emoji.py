@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import subprocess
 import tarfile
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from steer_demos.cache import cache_dir
 
 IMAGE_SIZE = 64
 ICON_SIZE = 56  # leaves four pixels, one latent cell, of plain background on each side
@@ -64,13 +65,6 @@ STYLES: dict[str, IconPackage] = {
 def concepts() -> dict[str, str]:
     """The concepts that all three packages draw: name in captions -> icon name."""
     return json.loads(files("steer_demos").joinpath("concepts.json").read_text())
-
-
-def cache_dir() -> Path:
-    """Where downloads and trained classifiers are kept: `STEER_CACHE`, by default `~/.cache/steer`."""
-    folder = Path(os.environ.get("STEER_CACHE", Path.home() / ".cache" / "steer")).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def caption(concept: str, style: str | None = None, background: str | None = None, article: bool = False) -> str:

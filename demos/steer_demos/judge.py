@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from steer_demos.emoji import BACKGROUNDS, STYLES, cache_dir, concepts, render_all
+from steer_demos.cache import cache_dir
+from steer_demos.emoji import BACKGROUNDS, STYLES, concepts, render_all
 
 FEATURES = 48
 STEPS = 1000

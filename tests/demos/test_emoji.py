@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 from steer_demos.codec import PatchCodec
 from steer_demos.emoji import BACKGROUNDS, STYLES, IconPackage, caption, compose, concepts, fetch_package
-from steer_demos.emoji_mmdit import (
+from steer_demos.evaluate import Prompt, evaluation_prompts, frechet_distance
+from steer_demos.models.emoji_mmdit import (
     TEXT_TOKENS,
     CountedTextAttention,
     all_captions,
@@ -19,8 +20,6 @@ from steer_demos.emoji_mmdit import (
     build_transformer,
     zero_token_mask,
 )
-from steer_demos.evaluate import Prompt, evaluation_prompts, frechet_distance
-from steer_demos.train import Budget, learning_rate
 
 
 def test_captions_name_what_they_are_given() -> None:
@@ -84,13 +83,6 @@ def test_one_counted_token_equals_that_many_zero_tokens(count: int) -> None:
         mask = zero_token_mask(torch.full((2,), count))
         found = transformer(latents, counted, pooled, timestep, joint_attention_kwargs={"attention_mask": mask}).sample
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_learning_rate_ends_at_zero() -> None:
-    budget = Budget(minutes=10, images=None)
-    assert learning_rate(0, 0.0) < learning_rate(1000, 0.0) == learning_rate(1000, 0.5)
-    assert learning_rate(5000, budget.progress(600, 0)) == 0
-    assert Budget(None, 100).progress(1e9, 50) == 0.5
 
 
 def test_a_tarball_with_another_checksum_is_refused(tmp_path, monkeypatch) -> None:

@@ -1,19 +1,28 @@
-"""The parts of `emoji-mmdit`: a Stable Diffusion 3 pipeline, small enough to be trained on a CPU."""
+"""`emoji-mmdit`: a Stable Diffusion 3 pipeline, small enough to be trained on a CPU."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from steer_demos.batches import EmojiBatches, all_pictures
+from steer_demos.codec import PatchCodec
 from steer_demos.emoji import BACKGROUNDS, STYLES, caption, concepts
+from steer_demos.models import emoji_autoencoder
+from steer_demos.training import Budget, best_device, fit, load_checkpoint
 
+MINUTES = 110.0
+BATCH_SIZE = 48
+AUTOENCODER_SHARE = 0.25  # of the budget
 TEXT_TOKENS = 16
 TEXT_WIDTH = 96
-LATENT_SCALING = 2.0  # AutoencoderTiny squashes its latents at +-3, ours reach +-8
+PIPELINE_ZERO_TOKENS = 256
 
 
 def all_captions() -> list[str]:
@@ -102,19 +111,6 @@ def build_transformer() -> SD3Transformer2DModel:
     return transformer
 
 
-def build_autoencoder() -> AutoencoderTiny:
-    """A convolutional autoencoder for 64 x 64 pictures and 16 x 16 latents of 16 channels."""
-    return AutoencoderTiny(
-        encoder_block_out_channels=(32, 32, 32),
-        decoder_block_out_channels=(32, 32, 32),
-        num_encoder_blocks=(0, 0, 1),
-        num_decoder_blocks=(3, 1, 0),
-        latent_channels=16,
-        scaling_factor=LATENT_SCALING,
-        shift_factor=0.0,
-    )
-
-
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Rectified flow without a timestep shift: 64 x 64 pictures need none."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
@@ -170,3 +166,91 @@ def zero_token_mask(counts: Tensor, image_tokens: int = 64) -> Tensor:
     mask = torch.zeros(len(counts), 1, 1, image_tokens + TEXT_TOKENS + 1, device=counts.device)
     mask[..., -1] = counts.float().log()[:, None, None]
     return mask
+
+
+class TextToImage(nn.Module):
+    """The trained parts, and their rectified-flow loss."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text = TextConditioning(
+            build_text_encoder(tokenizer, 2, "quick_gelu"), build_text_encoder(tokenizer, 3, "gelu")
+        )
+        self.transformer = build_transformer()
+
+    def loss(self, latents: Tensor, ids: Tensor, noise: Tensor, sigmas: Tensor, zero_tokens: Tensor) -> Tensor:
+        """Mean square error of the velocity `noise - latents` at `sigmas` (B,) in (0, 1]; see `zero_token_mask`."""
+        tokens, pooled = self.text(ids)
+        mixed = torch.lerp(latents, noise, sigmas[:, None, None, None])
+        velocity = self.transformer(
+            mixed,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
+            timestep=sigmas * 1000,
+            joint_attention_kwargs={"attention_mask": zero_token_mask(zero_tokens)},
+            return_dict=False,
+        )[0]
+        return (velocity - (noise - latents)).square().mean()
+
+
+def draw_sigmas(size: int, generator: torch.Generator) -> Tensor:
+    """Noise levels (size,): logit-normal, one in eight uniform so that both ends are seen."""
+    device = generator.device
+    normal = torch.randn(size, generator=generator, device=device).sigmoid()
+    uniform = torch.rand(size, generator=generator, device=device)
+    return torch.where(torch.rand(size, generator=generator, device=device) < 0.125, uniform, normal)
+
+
+def saved_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The tokenizer that the checkpoint in `folder` was trained with; made and saved there when training begins."""
+    path = folder / "tokenizer"
+    if not path.exists():
+        build_tokenizer().save_pretrained(path)
+    return CLIPTokenizer.from_pretrained(path)
+
+
+def train(folder: Path, budget: Budget, *, batch_size: int = BATCH_SIZE, seed: int = 0) -> None:
+    """Train text encoders and transformer, then the autoencoder; continues from the checkpoints in `folder`."""
+    device = best_device()
+    torch.manual_seed(seed)
+    pictures = all_pictures()
+    state = load_checkpoint(folder)
+    codec = PatchCodec(**state["constants"]) if state else PatchCodec.fit(pictures.flatten(0, 2))
+    tokenizer = saved_tokenizer(folder)
+    batches = EmojiBatches(pictures, codec.encode, tokenizer, device)
+    model = TextToImage(tokenizer).to(device)
+    # Counts the pipeline's zero tokens instead of repeating them.
+    model.transformer.set_attn_processor(CountedTextAttention())
+
+    def draw(size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        latents, ids = batches.draw(size, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        # Half of the batch sees the pipeline's default, half a pipeline called with max_sequence_length=0.
+        zero_tokens = torch.tensor([0, PIPELINE_ZERO_TOKENS], device=device).repeat(-(-size // 2))[:size]
+        return latents, ids, noise, draw_sigmas(size, generator), zero_tokens
+
+    main = budget.part(1 - AUTOENCODER_SHARE)
+    fit(model, draw, model.loss, folder, main, batch_size=batch_size, seed=seed, constants=asdict(codec))
+    emoji_autoencoder.train(folder / "autoencoder", budget.part(AUTOENCODER_SHARE), codec, seed=seed)
+
+
+def save(folder: Path, output: Path) -> None:
+    """Write the averaged weights of the checkpoints in `folder` as a bfloat16 pipeline folder."""
+    state = load_checkpoint(folder)
+    if state is None:
+        raise FileNotFoundError(f"no checkpoint.pt in {folder}: train first, `steer train emoji-mmdit`")
+    tokenizer = saved_tokenizer(folder)
+    model = TextToImage(tokenizer)
+    model.load_state_dict(state["average"], strict=False)
+    pipe = StableDiffusion3Pipeline(
+        transformer=model.transformer,
+        scheduler=build_scheduler(),
+        vae=emoji_autoencoder.trained(folder / "autoencoder"),
+        text_encoder=model.text.first,
+        tokenizer=tokenizer,
+        text_encoder_2=model.text.second,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipe.to(torch.bfloat16).save_pretrained(output)

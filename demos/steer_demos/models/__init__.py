@@ -1,0 +1,171 @@
+"""The embedded models, and one way to load those and any other model: `load("emoji-unet")`."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.table import Table
+
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """One pretrained model that comes with the package.
+
+    Args:
+        name: what `load` takes.
+        class_name: its diffusers or transformers class.
+        parameters: number of weights of all its parts.
+        licence: of the weights.
+        task: what it does, in a few words.
+        figures: what `steer models` shows of `evaluation.json`: label -> key of a share from 0 to 1.
+        module: the module whose `load(device, dtype)` assembles it; None for a folder that `from_pretrained` reads.
+    """
+
+    name: str
+    class_name: str
+    parameters: int
+    licence: str
+    task: str
+    figures: tuple[tuple[str, str], ...] = ()
+    module: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Weights, model card and evaluation, in the layout of `save_pretrained`."""
+        return WEIGHTS / self.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights in the package."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """What `steer eval` measured on these weights; empty before it ran. Keys are explained there."""
+        path = self.folder / "evaluation.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+EMBEDDED: dict[str, EmbeddedModel] = {
+    model.name: model
+    for model in [
+        EmbeddedModel(
+            name="emoji-mmdit",
+            class_name="StableDiffusion3Pipeline",
+            parameters=8_780_000,
+            licence="Apache-2.0",
+            task="text to 64 x 64 pictures of emoji",
+            figures=(("right concept", "accuracy"),),
+        ),
+        EmbeddedModel(
+            name="emoji-unet",
+            class_name="StableDiffusionPipeline",
+            parameters=4_150_000,
+            licence="Apache-2.0",
+            task="the same, with a UNet",
+            figures=(("right concept", "accuracy"),),
+        ),
+    ]
+}
+
+
+def list_models() -> list[EmbeddedModel]:
+    """The embedded models."""
+    return list(EMBEDDED.values())
+
+
+def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Load a model through its real class.
+
+    Args:
+        name: an embedded model (never touches the network), a folder written by `save_pretrained`, or a hub id.
+        device: by default `cuda` where there is one, else `cpu`.
+        dtype: by default bfloat16 on CUDA and float32 elsewhere.
+
+    Returns:
+        A diffusers pipeline; for a transformers model the pair (model, processor) in evaluation mode, where the
+        processor of a language model is its tokenizer.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    embedded = EMBEDDED.get(str(name))
+    if embedded is not None and embedded.module is not None:
+        return import_module(embedded.module).load(device, dtype)
+    if embedded is not None:
+        return _load_pipeline(embedded.folder, device, dtype)
+    if Path(name).is_dir():
+        folder = Path(name)
+        if (folder / "model_index.json").exists():
+            return _load_pipeline(folder, device, dtype)
+        if (folder / "config.json").exists():
+            return _load_transformer(folder, device, dtype)
+        raise ValueError(
+            f"{folder} holds neither model_index.json (a diffusers pipeline) nor config.json (a transformers model): "
+            "it is not a folder that save_pretrained wrote."
+        )
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        if _is_pipeline(str(name)):
+            return DiffusionPipeline.from_pretrained(str(name), dtype=dtype).to(device)
+        return _load_transformer(str(name), device, dtype)
+    raise ValueError(
+        f"no model {str(name)!r}. Embedded models: {', '.join(EMBEDDED)}. "
+        "A folder must exist and hold model_index.json or config.json; a hub id looks like owner/name."
+    )
+
+
+def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+    # diffusers refuses a folder saved without a required component, such as the T5 of an SD3 pipeline, unless told so.
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent).to(device)
+
+
+def _load_transformer(source: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+    local = isinstance(source, Path)
+    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    model_class, processor_class = (
+        (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
+    )
+    model = model_class.from_pretrained(source, dtype=dtype, local_files_only=local)
+    return model.to(device).eval(), processor_class.from_pretrained(source, local_files_only=local)
+
+
+def _is_pipeline(hub_id: str) -> bool:
+    from huggingface_hub import file_exists, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str):
+        return True
+    return not HF_HUB_OFFLINE and file_exists(hub_id, "model_index.json")
+
+
+def models() -> None:
+    """List the embedded models."""
+    table = Table("name", "class", "parameters", "weights", "licence", "what it does", "evaluation")
+    table.columns[0].no_wrap = True
+    for model in list_models():
+        shares = [f"{label} {100 * model.evaluation[key]:.1f} %" for label, key in model.figures if model.evaluation]
+        table.add_row(
+            model.name,
+            model.class_name,
+            f"{model.parameters / 1e6:.1f} M",
+            f"{model.size / 1e6:.1f} MB",
+            model.licence,
+            model.task,
+            ", ".join(shares) or "not measured",
+        )
+    Console().print(table)
