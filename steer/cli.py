@@ -149,9 +149,14 @@ def main() -> None:
         library.utils.logging.set_verbosity_error()
     for entry in sorted(entry_points(group="steer.commands"), key=lambda e: e.name):
         try:
-            app.command(entry.name)(entry.load())
+            command = entry.load()
         except ImportError as error:  # a demo's optional dependency is missing: the other commands still work
             print(f"steer {entry.name} is not available: {error}", file=sys.stderr)
+            continue
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
     try:
         app()
     except (ValueError, TypeError, FileNotFoundError) as error:

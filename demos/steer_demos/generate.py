@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 import steer
 from steer.method import Method
 from steer_demos import models
+from steer_demos.evaluate import prompt_options
 
 DEFAULT_PROMPTS = [
     "a red apple on a blue background",
@@ -30,15 +31,13 @@ def draw_column(
 ) -> list[Image.Image]:
     """One picture per prompt, prompt i from `seed + i`, with `method` applied for the time of the call."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(prompts))]
-    # An SD3 pipeline without a T5 encoder would append 256 zero tokens, for four times the work.
-    options = {"max_sequence_length": 0} if getattr(pipe, "text_encoder_3", True) is None else {}
     with steer.apply(pipe, method) if method else nullcontext():
         return pipe(
             prompt=prompts,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=generators,
-            **options,
+            **prompt_options(pipe),
         ).images
 
 
@@ -63,7 +62,7 @@ def generate(
     model: Annotated[str, typer.Option(help="Embedded model, pipeline folder or hub id.")] = "emoji-mmdit",
     scale: Annotated[float, typer.Option(help="Scale of PAG and SoftPAG.")] = 2.0,
     strength: Annotated[float, typer.Option(help="Strength of SoftPAG, 0 to 1.")] = 0.5,
-    layers: Annotated[str, typer.Option(help="Which layers to perturb.")] = "transformer_blocks.3",
+    layers: Annotated[str | None, typer.Option(help="Layers to perturb; default: the model's or the method's.")] = None,
     baseline_only: Annotated[bool, typer.Option("--baseline-only", help="Draw without steering only.")] = False,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
@@ -73,6 +72,7 @@ def generate(
     """Draw prompts without steering, with PAG and with SoftPAG, as one picture."""
     prompts = prompts or DEFAULT_PROMPTS
     pipe = models.load(model)
+    layers = layers or models.guided_layers(model)
     methods: dict[str, Method | None] = {"baseline": None}
     if not baseline_only:
         methods[f"PAG {scale:g}"] = steer.PAG(scale=scale, layers=layers)

@@ -1,5 +1,6 @@
 """The loop that trains every embedded model: checkpoints, moving average, a learning rate that ends with the budget."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -153,3 +155,15 @@ def fit(
             checkpoint()
     bar.close()
     checkpoint()
+
+
+def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Write `pipe` with bfloat16 weights into `folder`, for `from_pretrained(folder)`.
+
+    diffusers loads its own parts in float32 unless told a dtype, transformers in the dtype that a config names: the
+    configs of the text encoders name float32, so that both agree.
+    """
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    for path in folder.glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")

@@ -22,6 +22,14 @@ def test_load_gives_the_real_pipeline(pipe) -> None:
     assert pipe.transformer.config.qk_norm is None and not pipe.transformer.config.dual_attention_layers
 
 
+def test_diffusers_alone_loads_it_in_one_dtype() -> None:
+    folder = models.EMBEDDED["emoji-mmdit"].folder
+    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype, pipe.text_encoder_2.dtype} == {
+        torch.float32
+    }
+
+
 def test_the_registry_describes_the_files(pipe) -> None:
     model = models.EMBEDDED["emoji-mmdit"]
     parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)

@@ -1,16 +1,21 @@
 """The embedded models, and one way to load those and any other model: `load("emoji-unet")`."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
@@ -26,6 +31,7 @@ class EmbeddedModel:
         licence: of the weights.
         task: what it does, in a few words.
         figures: what `steer models` shows of `evaluation.json`: label -> key of a share from 0 to 1.
+        guided_layers: what guidance perturbs here, where the model is too small for a method's own preset.
         module: the module whose `load(device, dtype)` assembles it; None for a folder that `from_pretrained` reads.
     """
 
@@ -35,6 +41,7 @@ class EmbeddedModel:
     licence: str
     task: str
     figures: tuple[tuple[str, str], ...] = ()
+    guided_layers: str | None = None
     module: str | None = None
 
     @property
@@ -64,6 +71,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             licence="Apache-2.0",
             task="text to 64 x 64 pictures of emoji",
             figures=(("right concept", "accuracy"),),
+            guided_layers="transformer_blocks.3",
         ),
         EmbeddedModel(
             name="emoji-unet",
@@ -80,6 +88,11 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 def list_models() -> list[EmbeddedModel]:
     """The embedded models."""
     return list(EMBEDDED.values())
+
+
+def guided_layers(name: str) -> str | None:
+    """The layers that guidance perturbs in an embedded model; None leaves the choice to the method's preset."""
+    return EMBEDDED[name].guided_layers if name in EMBEDDED else None
 
 
 def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -153,19 +166,50 @@ def _is_pipeline(hub_id: str) -> bool:
     return not HF_HUB_OFFLINE and file_exists(hub_id, "model_index.json")
 
 
-def models() -> None:
+_MEASURE = """
+import json, sys, time
+import diffusers, psutil, torch, transformers
+from steer_demos import models
+process = psutil.Process()
+before, started = process.memory_info().rss, time.perf_counter()
+loaded = models.load(sys.argv[1], device="cpu")
+print(json.dumps([time.perf_counter() - started, process.memory_info().rss - before]))
+"""
+
+
+def measure_loading(name: str) -> tuple[float, int]:
+    """Seconds and bytes of resident memory that `load(name)` takes in float32, in a new process without a network."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _MEASURE, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"loading {name} failed:\n{done.stderr.strip()}")
+    seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    return seconds, memory
+
+
+def models(
+    measure: Annotated[bool, typer.Option("--measure", help="Also load each in a new process: time, memory.")] = False,
+) -> None:
     """List the embedded models."""
     table = Table("name", "class", "parameters", "weights", "licence", "what it does", "evaluation")
     table.columns[0].no_wrap = True
-    for model in list_models():
+    if measure:
+        table.add_column("loads in", justify="right")
+        table.add_column("memory", justify="right")
+    for model in tqdm(list_models(), desc="loading", disable=not measure, leave=False):
         shares = [f"{label} {100 * model.evaluation[key]:.1f} %" for label, key in model.figures if model.evaluation]
-        table.add_row(
+        row = [
             model.name,
             model.class_name,
             f"{model.parameters / 1e6:.1f} M",
-            f"{model.size / 1e6:.1f} MB",
+            f"{model.size / 1e6:.1f} MB" if model.size else "–",
             model.licence,
             model.task,
             ", ".join(shares) or "not measured",
-        )
+        ]
+        if measure:
+            seconds, memory = measure_loading(model.name)
+            row += [f"{seconds:.1f} s", f"{memory / 1e6:.0f} MB"]
+        table.add_row(*row)
     Console().print(table)

@@ -15,7 +15,7 @@ from steer_demos.batches import EmojiBatches, all_pictures
 from steer_demos.codec import PatchCodec
 from steer_demos.emoji import BACKGROUNDS, STYLES, caption, concepts
 from steer_demos.models import emoji_autoencoder
-from steer_demos.training import Budget, best_device, fit, load_checkpoint
+from steer_demos.training import Budget, best_device, fit, load_checkpoint, save_pipeline
 
 MINUTES = 110.0
 BATCH_SIZE = 48
@@ -253,4 +253,4 @@ def save(folder: Path, output: Path) -> None:
         text_encoder_3=None,
         tokenizer_3=None,
     )
-    pipe.to(torch.bfloat16).save_pretrained(output)
+    save_pipeline(pipe, output)

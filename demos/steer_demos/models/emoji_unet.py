@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from steer_demos.batches import EmojiBatches, all_pictures
 from steer_demos.models import EMBEDDED
 from steer_demos.models.emoji_mmdit import TEXT_WIDTH
-from steer_demos.training import Budget, best_device, fit, load_checkpoint
+from steer_demos.training import Budget, best_device, fit, load_checkpoint, save_pipeline
 
 MINUTES = 42.0
 BATCH_SIZE = 48
@@ -46,7 +46,7 @@ def build_scheduler() -> DDIMScheduler:
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
         clip_sample=False,
-        set_alpha_to_one=True,
+        steps_offset=1,  # what StableDiffusionPipeline asks of every scheduler; trailing spacing ignores it
     )
 
 
@@ -56,7 +56,7 @@ def text_parts() -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderTiny]:
     return (
         CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         CLIPTextModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
-        AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        AutoencoderTiny.from_pretrained(folder / "vae", dtype=torch.float32),
     )
 
 
@@ -124,4 +124,4 @@ def save(folder: Path, output: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.to(torch.bfloat16).save_pretrained(output)
+    save_pipeline(pipe, output)
