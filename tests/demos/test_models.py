@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from tiny import build, make_llama
+from transformers import LlamaForCausalLM
 
 from steer_demos import models
 from steer_demos.generate import draw_column, labelled_grid
@@ -74,9 +76,24 @@ def test_an_unknown_name_lists_what_exists() -> None:
         models.load("emoji-mdit")
 
 
-def test_a_folder_without_a_pipeline_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"model_index\.json"):
+def test_a_folder_without_a_model_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"model_index\.json .* config\.json"):
         models.load(tmp_path)
+
+
+def test_a_folder_of_a_pipeline_loads(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path)
+    loaded = models.load(tmp_path, device="cpu")
+    assert type(loaded) is StableDiffusion3Pipeline
+    assert torch.equal(loaded.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
+
+
+def test_a_folder_of_a_language_model_gives_model_and_tokenizer(pipe, tmp_path) -> None:
+    build(make_llama).save_pretrained(tmp_path)
+    pipe.tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = models.load(tmp_path, device="cpu", dtype=torch.float64)
+    assert type(model) is LlamaForCausalLM and model.dtype == torch.float64 and not model.training
+    assert tokenizer("a red apple").input_ids == pipe.tokenizer("a red apple").input_ids
 
 
 def test_the_grid_has_a_column_each(pipe) -> None:
