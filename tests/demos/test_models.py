@@ -42,8 +42,8 @@ def test_the_registry_describes_the_files(pipe) -> None:
 
 
 def test_a_seed_fixes_the_picture(pipe) -> None:
-    first, again = (draw_column(pipe, None, ["a red apple"], 2, 3.0, seed=0)[0] for _ in range(2))
-    other = draw_column(pipe, None, ["a red apple"], 2, 3.0, seed=1)[0]
+    first, again = (draw_column(pipe, None, ["a red apple"], 2, 3.0, seed=0)[0][0] for _ in range(2))
+    other = draw_column(pipe, None, ["a red apple"], 2, 3.0, seed=1)[0][0]
     assert first.size == (64, 64)
     np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
     assert (np.asarray(first) != np.asarray(other)).any()
@@ -51,7 +51,7 @@ def test_a_seed_fixes_the_picture(pipe) -> None:
 
 def test_the_prompt_and_its_colour_matter(pipe) -> None:
     prompts = ["a blue heart on a white background", "a blue heart on a yellow background"]
-    white, yellow = (np.asarray(draw_column(pipe, None, [text], 8, 2.0, 0)[0], float) for text in prompts)
+    white, yellow = (np.asarray(draw_column(pipe, None, [text], 8, 2.0, 0)[0][0], float) for text in prompts)
     rims = [np.median(picture[:3].reshape(-1, 3), axis=0) for picture in (white, yellow)]
     assert rims[0][2] > 220 and rims[1][2] < 200
 
@@ -97,7 +97,7 @@ def test_a_folder_of_a_language_model_gives_model_and_tokenizer(pipe, tmp_path) 
 
 
 def test_the_grid_has_a_column_each(pipe) -> None:
-    pictures = draw_column(pipe, None, ["a star"], 1, 1.0, 0)
-    one = labelled_grid({"baseline": pictures}, ["a star"])
-    two = labelled_grid({"baseline": pictures, "PAG": pictures}, ["a star"])
+    ((picture,),) = draw_column(pipe, None, ["a star"], 1, 1.0, 0)
+    one = labelled_grid({"baseline": [picture]}, ["a star"])
+    two = labelled_grid({"baseline": [picture], "PAG": [picture]}, ["a star"])
     assert two.width > one.width and two.height == one.height

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ class EmbeddedModel:
         task: what it does, in a few words.
         figures: what `steer models` shows of `evaluation.json`: label -> key of a share from 0 to 1.
         guided_layers: what guidance perturbs here, where the model is too small for a method's own preset.
+        call: arguments its pipeline needs, where the defaults are those of a large model.
         module: the module whose `load(device, dtype)` assembles it; None for a folder that `from_pretrained` reads.
     """
 
@@ -42,6 +44,7 @@ class EmbeddedModel:
     task: str
     figures: tuple[tuple[str, str], ...] = ()
     guided_layers: str | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
     module: str | None = None
 
     @property
@@ -72,6 +75,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             task="text to 64 x 64 pictures of emoji",
             figures=(("right concept", "accuracy"),),
             guided_layers="transformer_blocks.3",
+            call={"max_sequence_length": 0},  # the zero tokens in place of a T5 encoder: four times the work
         ),
         EmbeddedModel(
             name="emoji-unet",
@@ -93,6 +97,11 @@ def list_models() -> list[EmbeddedModel]:
 def guided_layers(name: str) -> str | None:
     """The layers that guidance perturbs in an embedded model; None leaves the choice to the method's preset."""
     return EMBEDDED[name].guided_layers if name in EMBEDDED else None
+
+
+def call_options(name: str) -> dict[str, Any]:
+    """Arguments for the call of an embedded pipeline; empty for other models."""
+    return dict(EMBEDDED[name].call) if name in EMBEDDED else {}
 
 
 def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
