@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import steer
 from steer.method import Method
 from steer_demos import models
-from steer_demos.evaluate import prompt_options
+from steer_demos.evaluate_pictures import prompt_options
 
 PICTURE_PROMPTS = [
     "a red apple on a blue background",

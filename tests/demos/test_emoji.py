@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 from steer_demos.codec import PatchCodec
 from steer_demos.emoji import BACKGROUNDS, STYLES, IconPackage, caption, compose, concepts, fetch_package
-from steer_demos.evaluate import Prompt, evaluation_prompts, frechet_distance
+from steer_demos.evaluate_pictures import Prompt, evaluation_prompts
+from steer_demos.intervals import frechet_distance
 from steer_demos.models.emoji_mmdit import (
     TEXT_TOKENS,
     CountedTextAttention,

@@ -87,6 +87,25 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             figures=(("right concept", "accuracy"),),
         ),
         EmbeddedModel(
+            name="emoji-wan",
+            class_name="WanPipeline",
+            parameters=4_400_000,
+            licence="Apache-2.0",
+            task="text to clips of 17 frames of 64 x 64",
+            figures=(("right motion", "motion_accuracy"), ("right subject", "accuracy")),
+            guided_layers="blocks.3",
+            call={"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 16},
+        ),
+        EmbeddedModel(
+            name="emoji-vlm",
+            class_name="LlavaForConditionalGeneration",
+            parameters=136_800_000,
+            licence="Apache-2.0",
+            task="answers questions about drawn scenes",
+            figures=(("presence", "presence_accuracy"),),
+            module="steer_demos.models.emoji_vlm",
+        ),
+        EmbeddedModel(
             name="smollm2-135m-instruct",
             class_name="LlamaForCausalLM",
             parameters=134_515_008,
@@ -141,6 +160,8 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
             return _load_pipeline(folder, device, dtype)
         if (folder / "config.json").exists():
             return _load_transformer(folder, device, dtype)
+        if (folder / "adapter.safetensors").exists():  # what `steer train emoji-vlm` writes: all but the language model
+            return import_module("steer_demos.models.emoji_vlm").load(device, dtype, weights=folder)
         raise ValueError(
             f"{folder} holds neither model_index.json (a diffusers pipeline) nor config.json (a transformers model): "
             "it is not a folder that save_pretrained wrote."
