@@ -259,8 +259,9 @@ def contact_sheet(clips: Tensor, prompts: Sequence[ClipPrompt], verdict: ClipVer
             pixels = ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
             sheet.paste(Image.fromarray(pixels), place)
         frames.append(sheet)
-    # One palette for all frames, undithered: otherwise plain backgrounds flicker, and the file doubles.
-    palette = frames[len(frames) // 2].quantize(128)
+    # One palette for all frames, undithered: otherwise plain backgrounds flicker, and the file doubles. The octree
+    # keeps the colours of small things, which the median cut would give to the white of the sheet.
+    palette = frames[len(frames) // 2].quantize(256, Image.Quantize.FASTOCTREE)
     indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=FRAME_MILLISECONDS, loop=0, optimize=True)

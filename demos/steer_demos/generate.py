@@ -36,7 +36,7 @@ MILLISECONDS = 90  # a frame
 
 
 def draws_clips(pipe: DiffusionPipeline) -> bool:
-    """Whether `pipe` makes clips rather than pictures."""
+    """Whether `pipe`, unsteered, makes clips rather than pictures."""
     return "num_frames" in inspect.signature(pipe.__call__).parameters
 
 
@@ -63,7 +63,7 @@ def draw_column(
             output_type="pil",
             **prompt_options(pipe) | dict(options or {}),
         )
-    return drawn.frames if draws_clips(pipe) else [[picture] for picture in drawn.images]
+    return drawn.frames if "frames" in drawn else [[picture] for picture in drawn.images]
 
 
 def labelled_grid(columns: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:

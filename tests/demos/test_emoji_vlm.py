@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import steer
 from steer_demos.evaluate_vlm import Asked, captions, contact_sheet, mentioned, presence
-from steer_demos.models import emoji_vlm, smollm2
+from steer_demos.models import EMBEDDED, emoji_vlm, load, smollm2
 from steer_demos.models.emoji_vlm import (
     IGNORED,
     PATCHES,
@@ -320,3 +321,14 @@ def test_the_shipped_model_sees_squares(shipped) -> None:
     inputs = processor(images=[image] * len(texts), text=texts, padding=True, return_tensors="pt")
     new = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert processor.batch_decode(new, skip_special_tokens=True) == list(asked_of.values())
+
+
+def test_the_registry_describes_it_and_its_folder_loads_too(shipped) -> None:
+    model, processor = shipped
+    described = EMBEDDED["emoji-vlm"]
+    assert described.class_name == type(model).__name__
+    assert described.parameters == pytest.approx(sum(value.numel() for value in model.parameters()), rel=0.01)
+    again, same = load(emoji_vlm.WEIGHTS, device="cpu", dtype=torch.bfloat16)
+    assert type(again) is type(model) and again.dtype == torch.bfloat16 and not again.training
+    assert same.chat_template == processor.chat_template
+    assert len(steer.sites(model)) == 30 + 4  # the language model and the tower

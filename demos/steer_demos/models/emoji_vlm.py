@@ -41,9 +41,9 @@ from steer_demos.scenes import (
 from steer_demos.training import Budget, best_device, fit, load_checkpoint
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "emoji-vlm"
-MINUTES = 84.0
+MINUTES = 98.0
 BATCH_SIZE = 2  # packed scenes a step of the language stage
-VISION_SHARE = 0.24  # of the budget
+VISION_SHARE = 0.2  # of the budget
 VISION_BATCH_SIZE = 64
 VISION_WIDTH = 160
 PATCHES = (CANVAS // PATCH) ** 2

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from steer_demos.emoji import BACKGROUNDS
 from steer_demos.models import emoji_wan_autoencoder
 from steer_demos.models.emoji_mmdit import draw_sigmas
 from steer_demos.models.emoji_wan_autoencoder import LATENT_CHANNELS, ClipCodec
-from steer_demos.training import Budget, best_device, fit, load_checkpoint
+from steer_demos.training import Budget, best_device, fit, load_checkpoint, save_pipeline
 
 MINUTES = 90.0
 BATCH_SIZE = 4
@@ -31,24 +30,32 @@ TEXT_WIDTH = 96
 PIPELINE_TEXT_TOKENS = 512  # what WanPipeline pads to unless told otherwise
 DROP_CAPTION = 0.1  # the unconditional share of classifier-free guidance
 DROP_BACKGROUND = 0.3
-SHIFT = sqrt(LATENT_FRAMES)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: how many of a clip's nine latent frames it sees, and its share of the budget."""
+    """One stage of training.
+
+    Args:
+        name: of its checkpoint folder.
+        frames: how many of a clip's nine latent frames it sees.
+        share: of the budget.
+        learning_rate: see `fit`.
+        shift: of the noise levels, see `shifted`.
+    """
 
     name: str
     frames: int
     share: float
     learning_rate: float
+    shift: float
 
 
 # What things look like, how they move, all of it together: a sample of the first stage costs a tenth of the last's.
 STAGES = (
-    Stage("frames", 1, 0.25, 1e-3),
-    Stage("triples", 3, 0.45, 1e-3),
-    Stage("clips", LATENT_FRAMES, 0.30, 6e-4),
+    Stage("frames", 1, 0.25, 1e-3, shift=1.0),
+    Stage("triples", 3, 0.45, 1e-3, shift=1.732),
+    Stage("clips", LATENT_FRAMES, 0.30, 6e-4, shift=6.0),
 )
 
 
@@ -124,16 +131,15 @@ def build_transformer() -> WanTransformer3DModel:
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Rectified flow whose noise levels are shifted as in training, see `shifted`."""
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=SHIFT)
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=STAGES[-1].shift)
 
 
-def shifted(sigmas: Tensor, frames: int) -> Tensor:
-    """Noise levels shifted by the root of the number of frames.
+def shifted(sigmas: Tensor, shift: float) -> Tensor:
+    """Noise levels in (0, 1], shifted towards 1 as `FlowMatchEulerDiscreteScheduler` does.
 
-    That many views of one scene show through as much more noise; without the shift, training would hardly ever see a
-    level at which it is open what moves where.
+    Several views of one scene show through more noise than one: in a whole clip, what is where can be seen at a level
+    of 0.95, and without the shift training would hardly ever meet a level at which that is still open.
     """
-    shift = sqrt(frames)
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -286,10 +292,10 @@ def train(folder: Path, budget: Budget, *, batch_size: int = BATCH_SIZE, seed: i
         lengths = torch.tensor([TEXT_TOKENS, PIPELINE_TEXT_TOKENS], device=device).repeat(-(-size // 2))[:size]
         model.prepare(lengths - TEXT_TOKENS + 1)
 
-        def draw(size: int, generator: torch.Generator, frames: int = stage.frames) -> tuple[Tensor, ...]:
-            latents, times, ids = batches.draw(size, frames, generator)
+        def draw(size: int, generator: torch.Generator, stage: Stage = stage) -> tuple[Tensor, ...]:
+            latents, times, ids = batches.draw(size, stage.frames, generator)
             noise = torch.randn(latents.shape, generator=generator, device=device)
-            return latents, times, ids, noise, shifted(draw_sigmas(size, generator), frames)
+            return latents, times, ids, noise, shifted(draw_sigmas(size, generator), stage.shift)
 
         fit(
             model,
@@ -321,4 +327,4 @@ def save(folder: Path, output: Path) -> None:
         scheduler=build_scheduler(),
         transformer=model.transformer,
     )
-    pipe.to(torch.bfloat16).save_pretrained(output)
+    save_pipeline(pipe, output)
