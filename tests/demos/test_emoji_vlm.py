@@ -137,6 +137,16 @@ def test_the_assembled_model_survives_saving(model, processor, tmp_path) -> None
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
+def test_a_folder_of_a_vision_language_model_gives_model_and_processor(model, processor, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, same = load(tmp_path, device="cpu")
+    assert type(again) is LlavaForConditionalGeneration and type(same) is LlavaProcessor
+    inputs = same(images=Image.fromarray(picture()), text=prompt(same, "Hi"), return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
 def test_attention_maps_cover_the_patches(model, processor) -> None:
     inputs = processor(images=Image.fromarray(picture()), text=prompt(processor, "Hi"), return_tensors="pt")
     with torch.no_grad():
