@@ -15,8 +15,6 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,10 +22,15 @@ import steer
 from steer.method import Method
 from steer_demos import models
 from steer_demos.emoji import BACKGROUNDS, STYLES, caption, concepts
-from steer_demos.intervals import FIRST_SEED, frechet_distance, share
+from steer_demos.intervals import FIRST_SEED, frechet_interval, print_results, share
 from steer_demos.judge import Judge, Verdict
 
 PROMPTS = 200
+SHARES = {
+    "right concept": ("accuracy", "accuracy_interval"),
+    "right style": ("style_accuracy", "style_interval"),
+    "right background": ("background_accuracy", "background_interval"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,7 @@ def assess(judge: Judge, verdict: Verdict, prompts: Sequence[Prompt], seconds: f
         right(verdict.backgrounds, list(BACKGROUNDS), [p.background for p in prompts])
     )
     features, reference = verdict.features.double().numpy(), judge.reference.double().numpy()
-    rows = np.random.default_rng(0).integers(len(features), size=(100, len(features)))
-    # Resampling repeats pictures, which biases the distance upwards: only its spread is used, around the estimate.
-    frechet = frechet_distance(features, reference)
-    spread = 1.96 * float(np.std([frechet_distance(features[row], reference) for row in rows]))
+    frechet, interval = frechet_interval(features[:, None], reference)
     return Evaluation(
         prompts=len(prompts),
         accuracy=accuracy,
@@ -102,7 +102,7 @@ def assess(judge: Judge, verdict: Verdict, prompts: Sequence[Prompt], seconds: f
         background_accuracy=background,
         background_interval=background_interval,
         frechet=frechet,
-        frechet_interval=(frechet - spread, frechet + spread),
+        frechet_interval=interval,
         seconds=seconds,
     )
 
@@ -228,25 +228,6 @@ def contact_sheet(pictures: Tensor, prompts: Sequence[Prompt], verdict: Verdict,
     return sheet
 
 
-def print_table(results: Mapping[str, Evaluation], prompts: int) -> None:
-    """Print one row a configuration, shares in per cent with 95 % intervals."""
-    table = Table("configuration", "right concept", "right style", "right background", "Frechet distance", "seconds")
-    for name, result in results.items():
-        row = [name]
-        for value, (low, high) in (
-            (result.accuracy, result.accuracy_interval),
-            (result.style_accuracy, result.style_interval),
-            (result.background_accuracy, result.background_interval),
-        ):
-            row.append(f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-        low, high = result.frechet_interval
-        row += [f"{result.frechet:.2f} [{low:.2f}, {high:.2f}]", f"{result.seconds:.0f}" if result.seconds else "–"]
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"{prompts} prompts and seeds, 95 % bootstrap intervals over prompts; torch {torch.__version__}")
-
-
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Embedded model or pipeline folder.")] = "emoji-mmdit",
     prompts: Annotated[int, typer.Option(help="How many of the fixed prompts.")] = PROMPTS,
@@ -266,7 +247,7 @@ def evaluate_command(
     outcome = sweep(pipe, configurations, chosen, seeds, judge, **call)
     results = {name: evaluation for name, (evaluation, _) in outcome.items()}
     checks = controls(judge, chosen)
-    print_table(results | checks, prompts)
+    print_results(results | checks, SHARES, prompts)
     report = {
         "model": model,
         **asdict(results["baseline"]),

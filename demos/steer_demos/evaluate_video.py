@@ -4,7 +4,7 @@ import json
 import platform
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +14,6 @@ import torch
 import typer
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,10 +29,15 @@ from steer_demos.clips import (
     make_clips,
 )
 from steer_demos.emoji import BACKGROUNDS, IMAGE_SIZE
-from steer_demos.intervals import FIRST_SEED, Interval, frechet_distance, share
+from steer_demos.intervals import FIRST_SEED, Interval, frechet_interval, print_results, share
 from steer_demos.motion import ClipJudge, ClipVerdict, Motion
 
 PROMPTS = 200
+SHARES = {
+    "right motion": ("motion_accuracy", "motion_interval"),
+    "right subject": ("accuracy", "accuracy_interval"),
+    "right background": ("background_accuracy", "background_interval"),
+}
 SUBJECTS = (*CONCEPTS, *ANIMATIONS)
 FRECHET_STRIDE = 4  # successive frames are too alike to count each
 SHEET_CLIPS = 32
@@ -123,14 +126,7 @@ def assess(
 
     features = verdict.features[:, ::FRECHET_STRIDE].double().numpy()
     real = reference[:, ::FRECHET_STRIDE].flatten(0, 1).double().numpy()
-
-    def distance(rows: np.ndarray | slice) -> float:
-        return frechet_distance(features[rows].reshape(-1, features.shape[-1]), real)
-
-    rows = np.random.default_rng(0).integers(len(features), size=(100, len(features)))
-    # Resampling repeats clips, which biases the distance upwards: only its spread is used, around the estimate.
-    frechet = distance(slice(None))
-    spread = 1.96 * float(np.std([distance(row) for row in rows]))
+    frechet, interval = frechet_interval(features, real)
     return VideoEvaluation(
         prompts=len(prompts),
         accuracy=accuracy,
@@ -141,7 +137,7 @@ def assess(
         background_accuracy=background,
         background_interval=background_interval,
         frechet=frechet,
-        frechet_interval=(frechet - spread, frechet + spread),
+        frechet_interval=interval,
         seconds=seconds,
     )
 
@@ -267,25 +263,6 @@ def contact_sheet(clips: Tensor, prompts: Sequence[ClipPrompt], verdict: ClipVer
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=FRAME_MILLISECONDS, loop=0, optimize=True)
 
 
-def print_table(results: Mapping[str, VideoEvaluation], prompts: int) -> None:
-    """Print one row a configuration, shares in per cent with 95 % intervals."""
-    table = Table("clips", "right motion", "right subject", "right background", "Frechet distance", "seconds")
-    for name, result in results.items():
-        row = [name]
-        for value, (low, high) in (
-            (result.motion_accuracy, result.motion_interval),
-            (result.accuracy, result.accuracy_interval),
-            (result.background_accuracy, result.background_interval),
-        ):
-            row.append(f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-        low, high = result.frechet_interval
-        row += [f"{result.frechet:.2f} [{low:.2f}, {high:.2f}]", f"{result.seconds:.0f}" if result.seconds else "–"]
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(f"{prompts} prompts and seeds, 95 % bootstrap intervals over prompts; torch {torch.__version__}")
-
-
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Embedded model or pipeline folder.")] = "emoji-wan",
     prompts: Annotated[int, typer.Option(help="How many of the fixed prompts.")] = PROMPTS,
@@ -306,7 +283,7 @@ def evaluate_command(
     checks = controls(judge, chosen, reference)
     call = {"steps": steps, "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}
     result, clips = evaluate(pipe, chosen, seeds, judge, reference, **call)
-    print_table({"generated": result, **checks}, prompts)
+    print_results({"generated": result, **checks}, SHARES, prompts)
     report = {
         "model": Path(model).name,
         **asdict(result),
