@@ -230,8 +230,8 @@ def contact_sheet(pictures: Tensor, prompts: Sequence[Prompt], verdict: Verdict,
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Embedded model or pipeline folder.")] = "emoji-mmdit",
-    prompts: Annotated[int, typer.Option(help="How many of the fixed prompts.")] = PROMPTS,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    prompts: Annotated[int, typer.Option(help="How many of the fixed prompts.", min=2)] = PROMPTS,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
     compare: Annotated[bool, typer.Option(help="Compare the bare model with PAG and SoftPAG.")] = False,
     layers: Annotated[str | None, typer.Option(help="Layers for --compare; default: the method's own.")] = None,
@@ -241,7 +241,7 @@ def evaluate_command(
     """Judge a model on fixed prompts: right concept, style and background, and Frechet distance."""
     chosen = evaluation_prompts(prompts)
     seeds = [FIRST_SEED + index for index in range(prompts)]
-    pipe, judge = models.load(model), Judge.load()
+    pipe, judge = models.load_pipeline(model, clips=False), Judge.load()
     configurations = pag_configurations(layers or models.guided_layers(model)) if compare else {"baseline": []}
     call = {"steps": steps, "guidance_scale": guidance_scale}
     outcome = sweep(pipe, configurations, chosen, seeds, judge, **call)

@@ -265,8 +265,8 @@ def contact_sheet(clips: Tensor, prompts: Sequence[ClipPrompt], verdict: ClipVer
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Embedded model or pipeline folder.")] = "emoji-wan",
-    prompts: Annotated[int, typer.Option(help="How many of the fixed prompts.")] = PROMPTS,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    prompts: Annotated[int, typer.Option(help="How many of the fixed prompts.", min=2)] = PROMPTS,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
     max_sequence_length: Annotated[int, typer.Option(help="Tokens that the text is padded to.")] = 16,
     first_seed: Annotated[
@@ -278,7 +278,7 @@ def evaluate_command(
     """Judge a text-to-video model on fixed prompts: right motion, subject and background, and Frechet distance."""
     chosen = evaluation_prompts(prompts)
     seeds = [first_seed + index for index in range(prompts)]
-    pipe, judge = models.load(model), ClipJudge.load()
+    pipe, judge = models.load_pipeline(model, clips=True), ClipJudge.load()
     reference = judge.judge(real_clips(chosen, seed=8).frames).features
     checks = controls(judge, chosen, reference)
     call = {"steps": steps, "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length}

@@ -316,15 +316,24 @@ def print_table(report: dict[str, dict[str, object]], checks: dict[str, dict[str
     )
 
 
+def load_llava(name: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """As `models.load`; a ValueError where that is another kind of model."""
+    found = models.load(name)
+    if not (isinstance(found, tuple) and isinstance(found[0], LlavaForConditionalGeneration)):
+        kind = type(found[0] if isinstance(found, tuple) else found).__name__
+        raise ValueError(f"{name} is a {kind}, but questions about scenes need a LlavaForConditionalGeneration.")
+    return found
+
+
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="emoji-vlm, or a folder that its training wrote.")] = "emoji-vlm",
-    scenes: Annotated[int, typer.Option(help="How many of the fixed scenes.")] = SCENES,
+    scenes: Annotated[int, typer.Option(help="How many of the fixed scenes.", min=2)] = SCENES,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("evaluation.json"),
     sheet: Annotated[Path | None, typer.Option(help="PNG contact sheet to write.")] = None,
 ) -> None:
     """Presence as in POPE, colour, count, position and captions, with a blanked and a shuffled picture as controls."""
     started = time.monotonic()
-    loaded, processor = models.load(model)
+    loaded, processor = load_llava(model)
     drawn = evaluation_scenes(scenes)
     pictures = [scene.pixels for scene in drawn]
     asked = [(index, question) for index, scene in enumerate(drawn) for question in evaluation_questions(scene, index)]

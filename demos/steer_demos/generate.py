@@ -1,6 +1,5 @@
 """Draws each prompt without steering, with PAG and with SoftPAG, side by side: `steer generate "a red apple"`."""
 
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -33,11 +32,6 @@ CLIP_PROMPTS = [
 ]
 CELL, GAP, TITLE, LABEL = 192, 8, 28, 18
 MILLISECONDS = 90  # a frame
-
-
-def draws_clips(pipe: DiffusionPipeline) -> bool:
-    """Whether `pipe`, unsteered, makes clips rather than pictures."""
-    return "num_frames" in inspect.signature(pipe.__call__).parameters
 
 
 def draw_column(
@@ -107,10 +101,8 @@ def generate(
     output: Annotated[Path | None, typer.Option(help="Default: steer-generate.png, .gif for clips.")] = None,
 ) -> None:
     """Draw prompts without steering, with PAG and with SoftPAG, as one picture or animation."""
-    pipe = models.load(model)
-    if not isinstance(pipe, DiffusionPipeline):
-        raise ValueError(f"{model} draws nothing: it is a {type(pipe[0]).__name__}. Embedded models: `steer models`.")
-    clips = draws_clips(pipe)
+    pipe = models.load_pipeline(model)
+    clips = models.draws_clips(pipe)
     prompts = prompts or (CLIP_PROMPTS if clips else PICTURE_PROMPTS)
     output = output or Path("steer-generate").with_suffix(".gif" if clips else ".png")
     if clips and output.suffix.lower() not in (".gif", ".webp"):

@@ -15,7 +15,9 @@ Interval = tuple[float, float]
 
 
 def share(right: np.ndarray) -> tuple[float, Interval]:
-    """The mean of (N,) values from 0 to 1, and its 95 % bootstrap interval."""
+    """The mean of (N,) values from 0 to 1, and its 95 % bootstrap interval; not a number where there are none."""
+    if not len(right):
+        return float("nan"), (float("nan"), float("nan"))
     samples = np.random.default_rng(0).choice(right, (BOOTSTRAP_SAMPLES, len(right))).mean(axis=1)
     low, high = np.percentile(samples, [2.5, 97.5])
     return float(right.mean()), (float(low), float(high))

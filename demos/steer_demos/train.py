@@ -20,11 +20,11 @@ RECIPES = {
 
 def train(
     model: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")],
-    minutes: Annotated[float | None, typer.Option(help="Wall time to train; default: the recipe's.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Stop after this many training samples.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall time to train; default: the recipe's.", min=0.01)] = None,
+    samples: Annotated[int | None, typer.Option(help="Stop after this many training samples.", min=1)] = None,
     folder: Annotated[Path | None, typer.Option(help="Where checkpoints go; default: in the cache folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the finished model; default: FOLDER/model.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step; default: the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step; default: the recipe's.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the data's order.")] = 0,
 ) -> None:
     """Train an embedded model from scratch, or continue a run that was stopped; then write it for `from_pretrained`."""

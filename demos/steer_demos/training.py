@@ -39,7 +39,7 @@ class Budget:
         """A share of this budget, for one stage of a training."""
         return Budget(
             None if self.minutes is None else self.minutes * share,
-            None if self.samples is None else round(self.samples * share),
+            None if self.samples is None else max(1, round(self.samples * share)),
         )
 
 
@@ -161,9 +161,12 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     """Write `pipe` with bfloat16 weights into `folder`, for `from_pretrained(folder)`.
 
     diffusers loads its own parts in float32 unless told a dtype, transformers in the dtype that a config names: the
-    configs of the text encoders name float32, so that both agree.
+    configs of the text encoders name float32, so that both agree. Where a part was loaded from is left out.
     """
     pipe.to(torch.bfloat16).save_pretrained(folder)
-    for path in folder.glob("text_encoder*/config.json"):
+    for path in folder.glob("*/config.json"):
         config = json.loads(path.read_text())
-        path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+        config.pop("_name_or_path", None)
+        if path.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")

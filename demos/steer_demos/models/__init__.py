@@ -1,5 +1,6 @@
 """The embedded models, and one way to load those and any other model: `load("emoji-unet")`."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -174,6 +175,26 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
         f"no model {str(name)!r}. Embedded models: {', '.join(EMBEDDED)}. "
         "A folder must exist and hold model_index.json or config.json; a hub id looks like owner/name."
     )
+
+
+def draws_clips(pipe: DiffusionPipeline) -> bool:
+    """Whether `pipe`, unsteered, makes clips rather than pictures."""
+    return "num_frames" in inspect.signature(pipe.__call__).parameters
+
+
+def load_pipeline(name: str | Path, clips: bool | None = None) -> DiffusionPipeline:
+    """As `load`, for what needs a pipeline: one that makes clips, one that makes pictures, or (None) either.
+
+    Raises:
+        ValueError: `name` is another kind of model.
+    """
+    pipe = load(name)
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"{name} draws nothing: it is a {type(pipe[0]).__name__}. `steer models` lists what does.")
+    if clips is not None and draws_clips(pipe) != clips:
+        made, wanted = ("clips", "pictures") if not clips else ("pictures", "clips")
+        raise ValueError(f"{name} makes {made}, but {wanted} are wanted here. `steer models` lists what makes them.")
+    return pipe
 
 
 def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
