@@ -13,6 +13,22 @@ PATCH = 4
 LATENT_CHANNELS = 16
 
 
+def principal_components(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), components (16, D) and scale (16,) of patches (N, D); scaled coefficients have unit mean square.
+
+    Scaling by the root of the standard deviation leaves strong components a larger share of the latent than weak ones.
+    """
+    patches = patches.double()
+    mean = patches.mean(0)
+    covariance = (patches - mean).T @ (patches - mean) / len(patches)
+    variance, vectors = torch.linalg.eigh(covariance)
+    std = variance.flip(0)[:LATENT_CHANNELS].sqrt()
+    components = vectors.flip(1)[:, :LATENT_CHANNELS].T
+    scale = std.sqrt()
+    scale = scale * (std / scale).square().mean().sqrt()
+    return mean.float(), components.float().contiguous(), scale.float()
+
+
 @dataclass(frozen=True)
 class PatchCodec:
     """Linear map between pictures (B, 3, H, W) in [-1, 1] and latents (B, 16, H / 4, W / 4) of unit mean square.
@@ -30,15 +46,7 @@ class PatchCodec:
     @classmethod
     def fit(cls, pictures: Tensor) -> "PatchCodec":
         """Fit to pictures (N, 3, H, W); strong components keep a larger share of the latent than weak ones."""
-        patches = F.pixel_unshuffle(pictures, PATCH).movedim(1, -1).reshape(-1, 3 * PATCH**2).double()
-        mean = patches.mean(0)
-        covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        variance, vectors = torch.linalg.eigh(covariance)
-        std = variance.flip(0)[:LATENT_CHANNELS].sqrt()
-        components = vectors.flip(1)[:, :LATENT_CHANNELS].T
-        scale = std.sqrt()
-        scale = scale * (std / scale).square().mean().sqrt()
-        return cls(mean.float(), components.float().contiguous(), scale.float())
+        return cls(*principal_components(F.pixel_unshuffle(pictures, PATCH).movedim(1, -1).flatten(0, -2)))
 
     def to(self, device: torch.device) -> "PatchCodec":
         """The same codec on `device`."""

@@ -1,7 +1,9 @@
 """A small classifier of emoji pictures: the features in which generated pictures are compared with renders."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -61,24 +63,40 @@ def augmented(renders: Tensor, generator: torch.Generator) -> Tensor:
     return pictures * 2 - 1
 
 
-def train_classifier(seed: int = 0) -> Classifier:
-    """Train on the augmented renders; a minute or two on a CPU."""
-    renders = torch.from_numpy(render_all()).movedim(-1, 2).float() / 255
+def train_classifier(
+    make: Callable[[], Classifier],
+    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    steps: int,
+    label: str,
+    seed: int = 0,
+) -> Classifier:
+    """Train what `make` makes on batches of (pictures, classes) from `draw(size, generator)`; minutes on a CPU."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier()
+        model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-    for _ in tqdm(range(STEPS), desc="training the classifier"):
-        concept = torch.randint(len(renders), (BATCH_SIZE,), generator=generator)
-        style = torch.randint(len(STYLES), (BATCH_SIZE,), generator=generator)
-        logits = model(augmented(renders[concept, style], generator))
-        F.cross_entropy(logits, concept, label_smoothing=0.05).backward()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc=label):
+        pictures, classes = draw(BATCH_SIZE, generator)
+        F.cross_entropy(model(pictures), classes, label_smoothing=0.05).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+def augmented_renders(size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augmented renders (size, 3, 64, 64) in [-1, 1] and their concepts (size,)."""
+    renders = _renders()
+    concept = torch.randint(len(renders), (size,), generator=generator)
+    style = torch.randint(len(STYLES), (size,), generator=generator)
+    return augmented(renders[concept, style], generator), concept
+
+
+@cache
+def _renders() -> Tensor:
+    return torch.from_numpy(render_all()).movedim(-1, 2).float() / 255
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,7 @@ class Judge:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
-        self.renders = torch.from_numpy(render_all()).movedim(-1, 2).float() / 255
+        self.renders = _renders()
         self.colours = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
         self.reference = torch.cat([self.embed(self.render(slice(None), slice(None), c)) for c in self.colours], dim=0)
         self.styles = self.renders.shape[1]
@@ -110,7 +128,7 @@ class Judge:
             classifier = Classifier().eval()
             classifier.load_state_dict(torch.load(path, weights_only=True))
         else:
-            classifier = train_classifier()
+            classifier = train_classifier(Classifier, augmented_renders, STEPS, "training the classifier")
             torch.save(classifier.state_dict(), path)
         return cls(classifier)
 

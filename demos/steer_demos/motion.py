@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from steer_demos.cache import cache_dir
 from steer_demos.clips import ANIMATIONS, CONCEPTS, FRAMES, MOTIONS, animations, draw_poses, render_clips, sprites
 from steer_demos.emoji import BACKGROUNDS
-from steer_demos.judge import FEATURES, Classifier
+from steer_demos.judge import FEATURES, Classifier, train_classifier
 
 RIM = 3
 FAINT, CLEAR = 0.15, 0.4  # distance of a colour from the background's, where foreground begins and where it is certain
@@ -27,7 +26,6 @@ RADII = 14
 LARGEST_STEP = 60.0  # degrees between the frames that are compared
 
 STEPS = 1500
-BATCH_SIZE = 48
 RECIPE = 1  # part of the cache file's name: raise it when anything here changes the classifier
 
 
@@ -143,23 +141,6 @@ def augmented_frames(size: int, generator: torch.Generator) -> tuple[Tensor, Ten
     return pictures + uniform(0, 0.16, 1, 1, 1) * torch.randn(pictures.shape, generator=generator), subjects
 
 
-def train_classifier(seed: int = 0) -> FrameClassifier:
-    """Train on frames drawn as they are needed; a few minutes on a CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = FrameClassifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
-    for _ in tqdm(range(STEPS), desc="training the classifier of frames"):
-        pictures, subjects = augmented_frames(BATCH_SIZE, generator)
-        F.cross_entropy(model(pictures), subjects, label_smoothing=0.05).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-    return model.eval()
-
-
 @dataclass(frozen=True)
 class ClipVerdict:
     """What is seen in clips.
@@ -180,7 +161,7 @@ class ClipVerdict:
 class ClipJudge:
     """Judges clips by the trained classifier and by measurement."""
 
-    def __init__(self, classifier: FrameClassifier) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
         self.colours = torch.tensor(list(BACKGROUNDS.values())) / 127.5 - 1
 
@@ -190,10 +171,11 @@ class ClipJudge:
         data = hashlib.sha256(sprites().numpy().tobytes() + animations().numpy().tobytes()).hexdigest()[:12]
         path = cache_dir() / f"clip-classifier-{RECIPE}-{data}.pt"
         if path.exists():
-            classifier = FrameClassifier().eval()
+            classifier: Classifier = FrameClassifier().eval()
             classifier.load_state_dict(torch.load(path, weights_only=True))
         else:
-            classifier = train_classifier()
+            label = "training the classifier of frames"
+            classifier = train_classifier(FrameClassifier, augmented_frames, STEPS, label)
             torch.save(classifier.state_dict(), path)
         return cls(classifier)
 

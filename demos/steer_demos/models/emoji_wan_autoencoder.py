@@ -16,12 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steer_demos.clips import draw_clips
+from steer_demos.codec import LATENT_CHANNELS, PATCH, principal_components
 from steer_demos.models.emoji_autoencoder import psnr
 from steer_demos.training import Budget, best_device, fit, load_checkpoint
 
-PATCH = 4
 TEMPORAL_FACTOR = 2
-LATENT_CHANNELS = 16
 BATCH_SIZE = 4
 CLIP_FRAMES = 5  # the shortest clip that the encoder's chunks of four make two kinds of latent frames of
 POOL = 1200  # clips whose pixels are kept in memory
@@ -48,15 +47,7 @@ class ClipCodec:
     @classmethod
     def fit(cls, frames: Tensor) -> "ClipCodec":
         """Fit to clips (N, F, 3, H, W); strong components keep a larger share of the latent than weak ones."""
-        patches = _patches(frames).reshape(-1, 3 * TEMPORAL_FACTOR * PATCH**2).double()
-        mean = patches.mean(0)
-        covariance = (patches - mean).T @ (patches - mean) / len(patches)
-        variance, vectors = torch.linalg.eigh(covariance)
-        std = variance.flip(0)[:LATENT_CHANNELS].sqrt()
-        components = vectors.flip(1)[:, :LATENT_CHANNELS].T
-        scale = std.sqrt()
-        scale = scale * (std / scale).square().mean().sqrt()
-        return cls(mean.float(), components.float().contiguous(), scale.float())
+        return cls(*principal_components(_patches(frames).flatten(0, -2)))
 
     def to(self, device: torch.device) -> "ClipCodec":
         """The same codec on `device`."""
