@@ -4,7 +4,7 @@ from steer_kernels import build, order, patterns
 from steer_kernels.block_mask import BlockMask
 from steer_kernels.block_sparse import block_sparse_attention
 from steer_kernels.decode import gathered_decode, page_scores, page_summary, select_pages
-from steer_kernels.estimate import block_mass, pooled_scores, qk_estimate
+from steer_kernels.estimate import block_mass, block_profile, pooled_scores, qk_estimate
 from steer_kernels.grouped import grouped_attention
 from steer_kernels.partial import merge, partial
 from steer_kernels.rule import TokenRule
@@ -13,6 +13,7 @@ __all__ = [
     "BlockMask",
     "TokenRule",
     "block_mass",
+    "block_profile",
     "block_sparse_attention",
     "build",
     "gathered_decode",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.attention import flex_attention as flex
 
-from steer_kernels.rule import ModRule, TokenRule
+from steer_kernels.rule import EVERYTHING, ModRule, TokenRule
 from steer_kernels.schedule import Schedule, schedule
 from steer_kernels.shapes import pair_of_blocks
 
@@ -162,6 +162,55 @@ class BlockMask:
         if self.causal:
             return self
         return self._once("causal", lambda: self._with_grid(self.to_bool(), self._ruled(), self.rule, True))
+
+    def with_padding(self, valid: torch.Tensor) -> BlockMask:
+        """The same mask without the keys that do not exist: blocks of padding alone are not computed.
+
+        A full block that holds padding becomes a partial one, so the rule must hide nothing in full blocks: true of
+        all masks in `patterns`, and of every mask without a rule.
+
+        Args:
+            valid: (B, kv_len) bool, False = padding of that batch row.
+
+        Raises:
+            ValueError: another shape, or a disc rule, whose tables have no place for hidden keys.
+        """
+        if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[1] != self.kv_len:
+            raise ValueError(f"valid must be bool (B, {self.kv_len}); got {valid.dtype} {tuple(valid.shape)}")
+        hidden = ~valid[:, None, None]
+        if self.rule is None:
+            key = torch.zeros_like(hidden, dtype=torch.int32)
+            query = torch.tensor([0, EVERYTHING], dtype=torch.int32, device=valid.device).view(1, 1, 2, 1)
+            query = query.expand(-1, -1, -1, self.q_len).contiguous()
+        elif isinstance(self.rule, TokenRule) and self.rule.kind == "box":
+            query, key = self.rule.query, self.rule.key
+        else:
+            kind = self.rule.kind if isinstance(self.rule, TokenRule) else "mask_mod"
+            raise ValueError(f"a mask with a {kind} rule cannot hide padded keys: only a box rule, or none, can")
+        # a coordinate that lies in no query's box, as the upper bounds are not in it
+        rule = TokenRule("box", query, torch.where(hidden, EVERYTHING, key).contiguous())
+        _, bk = self.block_size
+        missing = self.shape[-1] * bk - self.kv_len
+        blocks = torch.nn.functional.pad(valid, (0, missing)).unflatten(1, (-1, bk))
+        padded = torch.nn.functional.pad(~valid, (0, missing)).unflatten(1, (-1, bk)).any(-1)[:, None, None]
+        keep = self.to_bool() & blocks.any(-1)[:, None, None]
+        return self._with_grid(keep, keep & (self._ruled() | padded), rule, self.causal)
+
+    def in_heads(self, chosen: torch.Tensor) -> BlockMask:
+        """The same mask in the `chosen` heads, (H,) bool; the other heads see everything."""
+        keep, ruled, chosen = self.to_bool(), self._ruled(), chosen.to(self.device).view(1, -1, 1, 1)
+        if self.shape[1] not in (1, chosen.shape[1]):
+            raise ValueError(f"the mask has {self.shape[1]} heads, the choice {chosen.shape[1]}")
+        return self._with_grid(keep | ~chosen, ruled & chosen, self.rule, self.causal)
+
+    def of_heads(self, part: slice | torch.Tensor) -> BlockMask:
+        """The lists of some heads, a slice or (n,) int64 numbers; a mask that all heads share is returned as it is."""
+        rule = self.rule
+        if isinstance(rule, TokenRule) and rule.batch_heads[1] > 1:
+            query, key = (table if table.shape[1] == 1 else table[:, part] for table in (rule.query, rule.key))
+            rule = TokenRule(rule.kind, query.contiguous(), key.contiguous(), rule.radius_squared)
+        lists = self if self.shape[1] == 1 else self._with_lists(lambda table: table[:, part].contiguous())
+        return lists if rule is self.rule else replace(lists, rule=rule)
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Union: what either mask lets a query see."""

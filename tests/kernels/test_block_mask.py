@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn.attention import flex_attention as flex
 
-from steer_kernels import BlockMask, TokenRule
+from steer_kernels import BlockMask, TokenRule, patterns
 
 grids = st.tuples(
     st.integers(1, 2), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.sampled_from([4, 8, 16]),
@@ -231,3 +231,51 @@ def test_errors() -> None:
         mask | mask.with_causal()
     with pytest.raises(ValueError, match="33 queries in blocks of 16 need 4 entries of indptr, got 3"):
         BlockMask.from_bsr(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), 16, q_len=33, kv_len=32)
+
+
+@given(shape=grids, causal=st.booleans())
+def test_padding_hides_keys_of_its_row(shape: tuple, causal: bool) -> None:
+    keep, sizes = grid_of(shape)
+    mask = BlockMask.from_bool(keep, **sizes, causal=causal)
+    valid = torch.rand(2, mask.kv_len, generator=torch.Generator().manual_seed(shape[-1])) < 0.5
+    valid[1, mask.kv_len // 2 :] = False
+    rows = valid if keep.shape[0] == 2 else valid[:1]
+    padded = mask.with_padding(rows)
+    assert torch.equal(padded.to_tokens(), mask.to_tokens() & rows[:, None, None])
+    # a block of padding alone is in no list
+    blocks = torch.nn.functional.pad(rows, (0, -mask.kv_len % mask.block_size[1])).unflatten(
+        1, (-1, mask.block_size[1])
+    )
+    assert not (padded.to_bool() & ~blocks.any(-1)[:, None, None]).any()
+
+
+def test_padding_under_a_rule_and_for_several_rows() -> None:
+    mask = patterns.neighborhood(grid=(2, 5, 7), window=(1, 3, 3), block_size=16, text_tokens=9)
+    valid = torch.ones(3, 79, dtype=torch.bool)
+    valid[0, 75:], valid[1, 71:] = False, False
+    padded = mask.with_padding(valid)
+    assert padded.shape[0] == 3
+    assert torch.equal(padded.to_tokens(), mask.to_tokens() & valid[:, None, None])
+    with pytest.raises(ValueError, match="disc rule cannot hide padded keys"):
+        patterns.circular(grid=(5, 7), radius=2, block_size=16).with_padding(valid[:, :35])
+    with pytest.raises(ValueError, match=r"valid must be bool \(B, 79\)"):
+        mask.with_padding(valid[:, :3])
+
+
+def test_other_heads_see_everything() -> None:
+    mask = patterns.neighborhood(grid=(2, 5, 7), window=(1, 3, 3), block_size=16)
+    chosen = torch.tensor([True, False, True])
+    some = mask.in_heads(chosen).to_tokens()
+    assert torch.equal(some[:, ~chosen], torch.ones_like(some[:, ~chosen]))
+    assert torch.equal(some[:, chosen], mask.to_tokens().expand_as(some[:, chosen]))
+    with pytest.raises(ValueError, match="the mask has 3 heads, the choice 2"):
+        mask.in_heads(chosen).in_heads(chosen[:2])
+
+
+def test_the_lists_of_some_heads() -> None:
+    keep, sizes = grid_of((1, 4, 40, 40, 8, 8, 0.4, 0))
+    rule = random_rule(40, 40, heads=4)
+    mask = BlockMask.from_bool(keep, **sizes, partial=keep, rule=rule)
+    assert torch.equal(mask.of_heads(slice(1, 3)).to_tokens(), mask.to_tokens()[:, 1:3])
+    shared = BlockMask.from_bool(keep[:, :1], **sizes)
+    assert shared.of_heads(slice(1, 3)) is shared

@@ -135,13 +135,16 @@ def test_freeswim_inward_window(position: int) -> None:
     assert {row for row in range(rows) if keys[0, position, 0, 0, row, 0]} == expected
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(data=st.data(), block=BLOCKS, text=TEXTS)
 def test_sliding_tile(data: st.DataObject, block: Any, text: tuple[int, bool]) -> None:
+    """On grids whose last tiles are whole or smaller."""
     tile = data.draw(st.sampled_from([(1, 2, 3), (2, 1, 2), (2, 4), (3,)]))
     counts = tuple(data.draw(st.integers(1, 4)) for _ in tile)
     window = tuple(data.draw(st.integers(1, count)) for count in counts)
-    grid, size = (tuple(a * b for a, b in zip(x, tile, strict=True)) for x in (counts, window))
+    last = tuple(data.draw(st.integers(1, t)) if count > 1 else t for t, count in zip(tile, counts, strict=True))
+    size = tuple(w * t for w, t in zip(window, tile, strict=True))
+    grid = tuple((count - 1) * t + rest for count, t, rest in zip(counts, tile, last, strict=True))
     ones, no = (1,) * len(tile), (False,) * len(tile)
     tile_of = [points(counts).index(tuple(x // t for x, t in zip(at, tile, strict=True))) for at in points(grid)]
     of_tiles = neighborhood_tokens(counts, window, ones, ones, no)
@@ -512,7 +515,8 @@ def test_radial_keeps_the_end_of_every_frame(decay: float, block: int, published
         (lambda: patterns.neighborhood(grid=(4, 4), window=2, block_size=(1, 2, 3)), "block_size"),
         (lambda: patterns.neighborhood(grid=(1, 4, 4, 4), window=1), r"must be \(T, H, W\)"),
         (lambda: patterns.neighborhood(grid=(4, 4), window=2, text_tokens=-1), "text_tokens=-1 must be at least 0"),
-        (lambda: patterns.sliding_tile(grid=(4, 5), window=(2, 2), tile=(2, 2)), "grid=.* must be a multiple of tile"),
+        (lambda: patterns.sliding_tile(grid=(4, 5), window=(2, 8), tile=(2, 2)), "has more tiles .* than the grid"),
+        (lambda: patterns.sliding_tile(grid=(1, 5), window=(2, 2), tile=(2, 2)), "does not fit the grid"),
         (lambda: patterns.sliding_tile(grid=(4, 4), window=(2, 3), tile=(2, 2)), "window=.* must be a multiple"),
         (lambda: patterns.circular(grid=(4,), radius=2), r"needs grid=\(H, W\)"),
         (lambda: patterns.circular(grid=(4, 4), radius=0), "radius > 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
@@ -80,12 +81,61 @@ def block_mass(
         ValueError: shapes that do not fit, or an explicit backend that cannot serve this call.
     """
     sizes = _check(query, key, block_size)
-    if lse.shape != query.shape[:3]:
-        raise ValueError(f"lse must be {tuple(query.shape[:3])} like the query (B, H, S); got {tuple(lse.shape)}")
+    _check_lse(query, lse)
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend={backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     query, key, lse = query.detach(), key.detach(), lse.detach()
     return _block_mass(query, key, lse, *sizes, _scale(query, scale), is_causal, backend)
+
+
+class BlockProfile(NamedTuple):
+    """What each (query block, key block) pair of a softmax map holds; three of (B, H, nQ, nK).
+
+    Attributes:
+        mass: probability that falls in the key block, averaged over the queries of the query block.
+        share_below: share of the pair's entries that are below the threshold.
+        peak: its largest entry.
+    """
+
+    mass: torch.Tensor
+    share_below: torch.Tensor
+    peak: torch.Tensor
+
+
+def block_profile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    block_size: int | tuple[int, int] = 128,
+    threshold: float = 1e-3,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> BlockProfile:
+    """How mass is spread inside the blocks of P = exp(scale * query . key - lse): exact, without the map.
+
+    The mean entry of a pair is its mass divided by the keys of the block; peak / mean is the incoherence of
+    arXiv 2506.16054. For offline searches: it costs about twice `block_mass`, and no gradient flows through it.
+
+    Args:
+        query: (B, H, S_q, D). key: (B, H_kv, S_k, D), H a multiple of H_kv.
+        lse: (B, H, S_q) log-sum-exp of the scaled products, from an attention call. A query at -inf saw nothing: its
+            entries are 0.
+        block_size: tokens in a (query, key) block, or one number for both; the last of either axis may be shorter.
+        threshold: entries below it are counted by `share_below`.
+        scale: factor on the products; None = 1 / sqrt(D).
+        backend: "torch" = a tile at a time, "reference" = through the map, None = "torch".
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that does not exist.
+    """
+    sizes = _check(query, key, block_size)
+    _check_lse(query, lse)
+    if backend not in (None, "torch", "reference"):
+        raise ValueError(f"backend={backend!r} does not exist for block_profile; choose from torch, reference")
+    implementation = reference.block_profile if backend == "reference" else chunked.block_profile
+    query, key, lse = query.detach(), key.detach(), lse.detach()
+    return BlockProfile(*implementation(query, key, lse, sizes, threshold, _scale(query, scale)))
 
 
 def qk_estimate(
@@ -231,6 +281,11 @@ def _draw(
 def _check(query: torch.Tensor, key: torch.Tensor, block_size: int | tuple[int, int]) -> tuple[int, int]:
     check_attention(query, key)
     return pair_of_blocks(block_size)
+
+
+def _check_lse(query: torch.Tensor, lse: torch.Tensor) -> None:
+    if lse.shape != query.shape[:3]:
+        raise ValueError(f"lse must be {tuple(query.shape[:3])} like the query (B, H, S); got {tuple(lse.shape)}")
 
 
 def _scale(query: torch.Tensor, scale: float | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from steer_kernels.estimate.reference import accurate, block_sum, seen_lse, tokens_in_blocks
+from steer_kernels.estimate.reference import accurate, block_max, block_sum, seen_lse, tokens_in_blocks
 
 # numbers in a tile: what stays in the cache of a CPU core, or what fills a GPU
 TILE = {"cpu": 2**19}
@@ -41,6 +41,37 @@ def block_mass(
                 weights.masked_fill_(later, 0.0)
             mass[:, :, row, start // bk : -(-stop // bk)] = block_sum(weights.sum(2), bk)
     return mass / tokens_in_blocks(q_len, bq, query.device)[:, None]
+
+
+def block_profile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_size: tuple[int, int],
+    threshold: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.block_profile`."""
+    (batch, heads, q_len, _), kv_len, (bq, bk) = query.shape, key.shape[2], block_size
+    dtype, device = accurate(query), query.device
+    lse = seen_lse(lse).to(dtype)[..., None]
+    keys = _stacked(key)
+    step = _step(query, bq, bk)
+    shape = batch, heads, -(-q_len // bq), -(-kv_len // bk)
+    mass, below, peak = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
+    for row, first in enumerate(range(0, q_len, bq)):
+        last = min(first + bq, q_len)
+        queries = _grouped(query[:, :, first:last], keys, scale)
+        for start in range(0, kv_len, step):
+            stop = min(start + step, kv_len)
+            weights = torch.bmm(queries, keys[:, start:stop].mT).view(batch, heads, last - first, stop - start)
+            weights.sub_(lse[:, :, first:last]).exp_()
+            here = slice(start // bk, -(-stop // bk))
+            mass[:, :, row, here] = block_sum(weights.sum(2), bk)
+            below[:, :, row, here] = block_sum((weights < threshold).sum(2), bk).to(dtype)
+            peak[:, :, row, here] = block_max(weights.amax(2), bk)
+    rows, columns = tokens_in_blocks(q_len, bq, device)[:, None], tokens_in_blocks(kv_len, bk, device)
+    return mass / rows, below / (rows * columns), peak
 
 
 def sampled_mass(

@@ -37,6 +37,35 @@ def block_mass(
     return by_block / tokens_in_blocks(q_len, bq, query.device)[:, None]
 
 
+def block_profile(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    block_size: tuple[int, int],
+    threshold: float,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mass, share of the entries below `threshold` and largest entry of every block; through the whole map.
+
+    Args:
+        query: (B, H, S_q, D). key: (B, H_kv, S_k, D), H a multiple of H_kv.
+        lse: (B, H, S_q) log-sum-exp of the scaled products; the entries of a query at -inf are 0.
+        block_size: tokens in a (query, key) block; the last of either axis may be shorter.
+
+    Returns:
+        Three of (B, H, nQ, nK). The mass is that of `block_mass`.
+    """
+    (bq, bk), (q_len, kv_len) = block_size, (query.shape[2], key.shape[2])
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    weights = (scale * (query.to(accurate(query)) @ key.to(accurate(key)).mT) - seen_lse(lse)[..., None]).exp()
+    rows, columns = tokens_in_blocks(q_len, bq, query.device)[:, None], tokens_in_blocks(kv_len, bk, query.device)
+    mass, below = (
+        block_sum(block_sum(x, bk).mT, bq).mT.contiguous() for x in (weights, (weights < threshold).to(weights.dtype))
+    )
+    peak = block_max(block_max(weights, bk).mT, bq).mT.contiguous()
+    return mass / rows, below / (rows * columns), peak
+
+
 def sampled_mass(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -126,6 +155,14 @@ def block_sum(weights: torch.Tensor, block: int) -> torch.Tensor:
     if tail:
         weights = torch.nn.functional.pad(weights, (0, tail))
     return weights.unflatten(-1, (-1, block)).sum(-1)
+
+
+def block_max(weights: torch.Tensor, block: int) -> torch.Tensor:
+    """(..., tokens) to (..., blocks), of what is nowhere negative."""
+    tail = -weights.shape[-1] % block
+    if tail:
+        weights = torch.nn.functional.pad(weights, (0, tail))
+    return weights.unflatten(-1, (-1, block)).amax(-1)
 
 
 def _mean(tokens: torch.Tensor, block: int) -> torch.Tensor:

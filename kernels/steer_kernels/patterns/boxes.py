@@ -56,10 +56,10 @@ class Band:
         none_hidden |= (start >= stop)[:, None] | (first >= end)
         return some.to(torch.uint8) * ANY | none_hidden.to(torch.uint8) * ALL
 
-    def scaled(self, times: int) -> Band:
-        """The same with `times` tokens in place of every one; for dilation 1."""
-        low, high = (bound[:, None].expand(-1, times).reshape(-1) * times for bound in (self.low, self.high))
-        return Band(low, high)
+    def scaled(self, times: int, size: int) -> Band:
+        """The same for `size` tokens, `times` of them in place of each one (the last: what is left); for dilation 1."""
+        low, high = (bound.repeat_interleave(times)[:size] * times for bound in (self.low, self.high))
+        return Band(low, high.clamp(max=size))
 
     def tables(self) -> torch.Tensor:
         """(3, X) int32: low, high and key of a box rule for every coordinate; residue classes have their own ranges."""

@@ -66,8 +66,9 @@ def sliding_tile(
 ) -> BlockMask:
     """The tokens of a tile see whole tiles: `neighborhood` on the grid of tiles, for tokens in tile order (STA).
 
-    Where the volume of a tile, and the text that comes first, are multiples of the block, no block is partial and the
-    mask needs no token rule.
+    Where the grid is no multiple of the tile, the tiles at its far edges are smaller, and count as one all the same.
+    Where it is, and the volume of a tile and the text that comes first are multiples of the block, no block is partial
+    and the mask needs no token rule.
 
     Args:
         grid: (T, H, W) or (H, W) in tokens.
@@ -76,25 +77,29 @@ def sliding_tile(
         block_size, text_tokens, text_first, device: see `neighborhood`.
 
     Raises:
-        ValueError: a grid or a window that is not a multiple of the tile, or a window larger than the grid.
+        ValueError: a window that is not a multiple of the tile or has more tiles than the grid, or a tile that does
+            not fit.
 
-    Source: arXiv 2502.04507 (Sliding Tile Attention).
+    Source: arXiv 2502.04507 (Sliding Tile Attention). It is for grids that are multiples of the tile; the tiles at the
+    edges of others are a choice made here.
     """
     grid = check_grid(grid)
     window, tile = per_axis("window", tuple(window), grid), per_axis("tile", tuple(tile), grid)
     at_least(1, tile=min(tile))
-    for what, sizes in (("grid", grid), ("window", window)):
-        if any(size % t for size, t in zip(sizes, tile, strict=True)):
-            raise ValueError(f"{what}={sizes} must be a multiple of tile={tile} on every axis; see neighborhood(tile=)")
-    counts = tuple(x // t for x, t in zip(grid, tile, strict=True))
+    if any(size % t for size, t in zip(window, tile, strict=True)):
+        raise ValueError(f"window={window} must be a multiple of tile={tile} on every axis; see neighborhood(tile=)")
+    counts = tuple(-(-x // t) for x, t in zip(grid, tile, strict=True))
+    if any(w > t * count for w, t, count in zip(window, tile, counts, strict=True)):
+        raise ValueError(f"window={window} has more tiles of {tile} than the grid {grid}, which has {counts}")
     parts = _window_parts(counts, tuple(w // t for w, t in zip(window, tile, strict=True)), 1, 1, False)
     bands: list[Band | None] = []
-    for part, t in zip(parts, tile, strict=True):
+    for part, t, size in zip(parts, tile, grid, strict=True):
         of_tiles = _window(*part, device)
-        bands.append(of_tiles and of_tiles.scaled(t))
+        bands.append(of_tiles and of_tiles.scaled(t, size))
     layout = Layout.of(math.prod(grid), block_size, device, text_tokens, text_first)
     mask = _banded(layout, grid, bands, tile)
-    whole = all(math.prod(tile) % block == 0 and layout.first % block == 0 for block in layout.block_size)
+    even = not any(x % t for x, t in zip(grid, tile, strict=True))
+    whole = even and all(math.prod(tile) % block == 0 and layout.first % block == 0 for block in layout.block_size)
     return replace(mask, rule=None) if whole else mask
 
 
