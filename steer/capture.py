@@ -43,6 +43,8 @@ class Capture(Method, register=False):
     def attend(self, call: Call, next: Next) -> torch.Tensor:
         if torch.compiler.is_compiling():
             raise RuntimeError("steer.capture reads maps in Python: run the model uncompiled while capturing")
+        if call.head_range is not None:
+            raise RuntimeError("steer.capture would read the heads of this rank alone: capture on a single device")
         self._add(call.site.name, self._read(call))
         return next(call)
 

@@ -104,7 +104,7 @@ class Guide:
         self,
         attachment: Attachment,
         bindings: list[Binding],
-        set_chains: Callable[[Binding | None], None],
+        set_chains: Callable[[Binding | None], object],
         shifts: dict[str, Any],
     ) -> None:
         self.attachment, self.bindings, self.set_chains, self.shifts = attachment, bindings, set_chains, shifts

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from steer.select import parse_steps
-from steer_patches.site import KINDS, ROLES, Call, Next
+from steer_kernels.order import TokenOrder
+from steer_patches.family import Family
+from steer_patches.site import KINDS, ROLES, Call, Next, Scope, Site
+
+if TYPE_CHECKING:
+    from steer.plan import Search
 
 STAGES = ("inputs", "scores", "output", "kernel")  # from the outermost wrapper to the innermost
 
@@ -39,6 +44,9 @@ class Method:
     kinds: ClassVar[tuple[str, ...]] = KINDS
     stage: ClassVar[str] = "output"
     every_port: ClassVar[bool] = False  # also the calls of image prompts and the like
+    any_order: ClassVar[bool] = False  # does not look at where on the grid a token is
+    needs_video: ClassVar[bool] = False  # makes no sense on single images
+    needs_grid: ClassVar[bool] = False  # every site must have the same, known grid of tokens
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -61,6 +69,36 @@ class Method:
     def attend(self, call: Call, next: Next) -> torch.Tensor:
         """Compute one attention call, (B, H, S, D); `next(call)` is the rest of the chain and the model's own."""
         raise NotImplementedError(f"{type(self).__name__} defines no attend(call, next)")
+
+    def resolved(self, family: Family | None, has_clock: bool) -> Method:
+        """The method as it runs on one model: a copy with what it takes from the family, and with its own state."""
+        return self
+
+    def before_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
+        """Called before every pass in which the method is on, outside of compiled regions; `sites` with head masks."""
+
+    def entry_order(self, scope: Scope) -> TokenOrder | None:
+        """The order in which this method wants the visual tokens of the forward to pass through the blocks.
+
+        None = raster. Where all methods that are on agree, tokens are permuted once a forward, not at every call.
+        """
+        return None
+
+    @property
+    def reorders(self) -> bool:
+        """Whether `entry_order` may ever ask for another order than raster."""
+        return type(self).entry_order is not Method.entry_order
+
+    def computed_density(self, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> float | None:
+        """Share of the attention map that was computed in the last forward, for methods that leave out a part."""
+        return None
+
+    def search(self, *args: Any, **options: Any) -> Search:
+        """What `steer.calibrate` runs to fit this method; `options` are its own. Only searched methods have one."""
+        able = [name for name, cls in methods().items() if cls.search is not Method.search]
+        raise TypeError(
+            f"{type(self).__name__} has nothing to calibrate; steer.calibrate fits {', '.join(able) or 'no method yet'}"
+        )
 
     def is_neutral(self) -> bool:
         """True where these settings change nothing, so that the method is not even installed."""

@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 from steer.guidance import Guidance, Guide
 from steer.method import STAGES, Method
 from steer.select import SelectorError, expand_braces, head_mask, is_active, listing, matches, select
+from steer_kernels.order import TokenOrder
 from steer_patches.attach import Attachment, denoisers, find_sites, plain
 from steer_patches.blocks import find_blocks
 from steer_patches.clock import Clock
-from steer_patches.family import Family, family_of
+from steer_patches.family import FAMILIES, Family, family_of
+from steer_patches.parallel import refuse_ring
 from steer_patches.processors import UnhookableProcessor
-from steer_patches.site import Call, Next, Run, Site
+from steer_patches.site import Call, Next, Run, Scope, Site
 from steer_patches.swap import put
 
 
@@ -41,12 +43,16 @@ class Link:
             return next(call)
         outer = call.heads
         heads = self.heads if self.heads is None else self.heads.to(call.query.device)
+        if heads is not None and call.head_range is not None:
+            heads = heads[call.head_range]
         call = call.replace(heads=heads)
 
         def inner(changed: Call) -> torch.Tensor:
             return next(changed.replace(heads=outer))
 
-        chosen = [self.rows is None or _covers(self.rows, role) for role in call.rows]
+        if self.rows is None:  # asked first: a compiled graph would be made again for other rows
+            return method.attend(call, inner)
+        chosen = [_covers(self.rows, role) for role in call.rows]
         if all(chosen):
             return method.attend(call, inner)
         if not any(chosen):
@@ -77,21 +83,26 @@ class Binding:
     """One method on one model: the sites and blocks that its selectors gave.
 
     Args:
-        method: the method.
+        method: the method as it runs on this model, see `Method.resolved`.
+        given: the method as the user made it.
         model: key of the model within the target.
         sites: site name -> head mask (None = all heads).
         blocks: indices of the blocks that the perturbed pass skips.
         prefix: number of leading blocks that the method leaves unedited.
-        passes, shared_blocks: counted while running.
+        live: the same sites as they are hooked, with their head masks; set when installed.
+        passes, shared_blocks, active: counted while running; `active` are the forwards in which the method was on.
     """
 
     method: Any
+    given: Method
     model: str
     sites: dict[str, torch.Tensor | None]
     blocks: tuple[int, ...] = ()
     prefix: int = 0
+    live: dict[str, tuple[Site, torch.Tensor | None]] = field(default_factory=dict)
     passes: int = 0
     shared_blocks: int = 0
+    active: int = 0
 
     def is_active(self, run: Run) -> bool:
         """Whether the run's step lies in the method's steps."""
@@ -126,12 +137,14 @@ def bind(method: Method, models: dict[str, torch.nn.Module], has_clock: bool) ->
         )
     if method.heads is not None and len(method.heads) == 0:
         return []
-    bindings = [_bind_one(method, key, plain(model)) for key, model in models.items()]
+    bindings = [_bind_one(method, key, plain(model), has_clock) for key, model in models.items()]
     return [binding for binding in bindings if binding is not None]
 
 
-def _bind_one(method: Method, key: str, model: torch.nn.Module) -> Binding | None:
+def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) -> Binding | None:
     family = family_of(model)
+    method = given.resolved(family, has_clock)
+    _check_family(method, family, model)
     sites, blocks = find_sites(model), find_blocks(model, family)
     if isinstance(method, Guidance) and isinstance(model, PreTrainedModel):
         raise CompositionError(
@@ -148,7 +161,7 @@ def _bind_one(method: Method, key: str, model: torch.nn.Module) -> Binding | Non
             raise CompositionError(f"{type(model).__name__} has no blocks that are known to be skippable")
         wanted = set(select(layers, [block.name for block in skippable], "blocks"))
         chosen = tuple(block.index for block in skippable if block.name in wanted)
-        return Binding(method, key, {}, chosen, prefix=chosen[0])
+        return Binding(method, given, key, {}, chosen, prefix=chosen[0])
     names = set(select(layers, [site.name for site in sites]))
     chosen_sites = [site for site in sites if site.name in names and site.kind in method.kinds]
     if not chosen_sites:
@@ -163,10 +176,36 @@ def _bind_one(method: Method, key: str, model: torch.nn.Module) -> Binding | Non
         raise UnhookableProcessor(f"{refused.name}: {refused.refusal}")
     if isinstance(method.heads, Mapping):
         select(list(method.heads), [site.name for site in chosen_sites], "selected attention sites", field="heads")
+    dense = [site.name for site in sites if site.kind in method.kinds][: getattr(method, "dense_layers", None) or 0]
+    chosen_sites = [site for site in chosen_sites if site.name not in dense]
+    if not chosen_sites:
+        raise SelectorError(
+            f"dense_layers={method.dense_layers} leaves {type(method).__name__} no layer of layers={layers!r}"  # type: ignore[attr-defined]
+        )
     masks = {site.name: head_mask(method.heads, site) for site in chosen_sites}
     masks = {name: mask for name, mask in masks.items() if mask is None or bool(mask.any())}
     prefix = min((_block_index(name, blocks) for name in masks), default=0)
-    return Binding(method, key, masks, prefix=prefix) if masks else None
+    return Binding(method, given, key, masks, prefix=prefix) if masks else None
+
+
+def _check_family(method: Method, family: Family | None, model: torch.nn.Module) -> None:
+    """Raise `CompositionError` where a method needs a grid of tokens, or a video, that the model does not have."""
+    reason = unfit(type(method), family)
+    if reason:
+        able = [f.name for f in FAMILIES if unfit(type(method), f) is None]
+        what = family.name if family else type(model).__name__
+        raise CompositionError(f"{type(method).__name__} cannot run on {what}: {reason}. It works on {', '.join(able)}")
+
+
+def unfit(method: type[Method], family: Family | None) -> str | None:
+    """Why a method that needs a token grid or a video cannot work on models of a family; None if it can."""
+    if not (method.needs_grid or method.needs_video):
+        return None
+    if family is None or family.grid is None:
+        return "steer does not know the token grid of this model"
+    if not family.tokens_from_grid:
+        return "its layers have different numbers of tokens"
+    return "it draws single images" if method.needs_video and not family.video else None
 
 
 def _block_index(site: str, blocks: Sequence[Any]) -> int:
@@ -175,8 +214,9 @@ def _block_index(site: str, blocks: Sequence[Any]) -> int:
 
 def _preset_layers(method: Method, family: Family | None, model: torch.nn.Module) -> str | Sequence[str]:
     """The layers that the model's family names for this method; an error where there are none on this model."""
-    preset = family.presets.get(type(method).__name__) if family else None
-    default = preset.settings.get("layers") if preset else getattr(method, "default_layers", None)
+    preset = family.preset(type(method).__name__, getattr(method, "preset", None)) if family else None
+    default = preset.settings.get("layers") if preset else None
+    default = default or getattr(method, "default_layers", None)
     names = [site.name for site in find_sites(model) if site.kind in method.kinds]
     what = "has no preset"
     if default is not None:
@@ -246,6 +286,9 @@ class State:
         """Install bindings; attaches to the models first if nothing was installed."""
         if not self.attachments:
             self._attach()
+        for binding in group:
+            sites = self.attachments[binding.model].sites
+            binding.live = {s.name: (s, binding.sites[s.name]) for s in sites if s.name in binding.sites}
         self.groups.append(group)
         self._rebuild()
 
@@ -298,20 +341,45 @@ class State:
         for key, attachment in self.attachments.items():
             guided = [b for b in self.bindings if b.model == key and isinstance(b.method, Guidance)]
             attachment.tape.remove()
+            attachment.reordering.remove()
             attachment.around = None
+            wanted = any(b.method.reorders for b in self.bindings if b.model == key)
+            if wanted and attachment.reordering.refusal is None:
+                attachment.reordering.attach()
             if guided:
                 attachment.tape.attach()
-                attachment.around = Guide(attachment, guided, functools.partial(self._set_chains, key), self._shifts)
+                attachment.around = Guide(attachment, guided, functools.partial(self._change_pass, key), self._shifts)
             self._set_chains(key, None)
 
     def _before(self, key: str) -> None:
         self.forwards += 1
-        if self._shifts.get("run") is not self.attachments[key].clock.run:
+        attachment = self.attachments[key]
+        if attachment.parallel is not None:
+            for name in {name for b in self.bindings if b.model == key for name in b.sites}:
+                refuse_ring(name, attachment.parallel)
+        if self._shifts.get("run") is not attachment.clock.run:
             self._shifts.clear()
-        self._set_chains(key, None)
+        now = [b.method for b in self.bindings if b.model == key and _runs_now(b, attachment.clock.run)]
+        attachment.set_order(_shared_order(now, attachment.scope))
+        for binding in self._begin_pass(key, None):
+            binding.active += 1
 
-    def _set_chains(self, key: str, branch: Binding | None) -> None:
-        """Install the chains of the ordinary pass, or of one guidance method's perturbed pass."""
+    def _change_pass(self, key: str, branch: Binding | None) -> None:
+        """A guidance method's perturbed pass begins, or (None) all passes of the forward are over."""
+        if branch is None:
+            self._set_chains(key, None)
+        else:
+            self._begin_pass(key, branch)
+
+    def _begin_pass(self, key: str, branch: Binding | None) -> tuple[Binding, ...]:
+        """The ordinary pass, or one guidance method's perturbed pass, begins: what its methods need is made ready."""
+        active, scope = self._set_chains(key, branch), self.attachments[key].scope
+        for binding in active:
+            binding.method.before_forward(scope, binding.live)
+        return active
+
+    def _set_chains(self, key: str, branch: Binding | None) -> tuple[Binding, ...]:
+        """Install the chains of the ordinary pass, or of one guidance method's perturbed pass; what is on in it."""
         attachment = self.attachments[key]
         run = attachment.clock.run
         active = tuple(
@@ -325,6 +393,7 @@ class State:
         chains = self._chains[plan]
         for site in attachment.sites:
             site.chain = chains[site.name]
+        return active
 
     def _chain(self, site: Site, bindings: Sequence[Binding]) -> tuple[Link, ...]:
         here = [b for b in bindings if site.name in b.sites]
@@ -337,6 +406,14 @@ class State:
         if key not in self._links:  # sites with the same settings share a link: one compiled graph for all of them
             self._links[key] = Link(binding.method, heads, rows)
         return self._links[key]
+
+
+def _shared_order(methods: Sequence[Method], scope: Scope) -> TokenOrder | None:
+    """The token order that all methods which care for it want for this forward; None = raster."""
+    wanted = [method.entry_order(scope) for method in methods if not method.any_order]
+    if not wanted or any(order is None or order.name != wanted[0].name for order in wanted if wanted[0] is not None):
+        return None
+    return wanted[0]
 
 
 def _runs_now(binding: Binding, run: Run) -> bool:
@@ -407,7 +484,11 @@ class Handle:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """What has run since `apply`: runs, denoiser forwards, and for each method its passes and shared blocks."""
+        """What has run since `apply`: runs, denoiser forwards, and for each method its passes and shared blocks.
+
+        `density` is the share of the attention map that was computed: of a method, in its layers in the last forward
+        in which it was on; of all, over all forwards, with the dense steps and layers.
+        """
         rows = []
         for binding in self.bindings:
             attachment = self.state.attachments.get(binding.model)
@@ -421,15 +502,35 @@ class Handle:
                     "extra_passes": binding.passes,
                     "shared_blocks": binding.shared_blocks,
                     "blocks": total,
+                    "active_forwards": binding.active,
+                    "density": binding.method.computed_density(binding.live),
                 }
             )
-        return {"runs": self.state.runs, "forwards": self.state.forwards, "methods": rows}
+        return {
+            "runs": self.state.runs,
+            "forwards": self.state.forwards,
+            "density": self._density({row["model"]: row["density"] for row in rows if row["density"] is not None}),
+            "methods": rows,
+        }
+
+    def _density(self, of_model: Mapping[str, float]) -> float | None:
+        """Share of the query-key pairs computed in all forwards so far, in the layers that could be sparse."""
+        if not of_model or not self.state.forwards:
+            return None
+        left_out = 0.0
+        for binding in self.bindings:
+            if binding.model in of_model and binding.live:
+                kinds = binding.method.kinds
+                able = sum(site.kind in kinds for site in self.state.attachments[binding.model].sites)
+                part = binding.active / self.state.forwards * len(binding.live) / able
+                left_out += part * (1 - of_model[binding.model])
+        return 1 - left_out
 
     def summary(self) -> str:
         """What is active where, in a few lines of text."""
         lines = []
         for method in self.methods:
-            mine = [b for b in self.bindings if b.method is method]
+            mine = [b for b in self.bindings if b.given is method]
             if not mine:
                 lines.append(f"{method.describe()}: neutral, not installed")
             for binding in mine:
@@ -437,7 +538,9 @@ class Handle:
                 blocks = attachment.tape.blocks if attachment else []
                 names = list(binding.sites) or [blocks[i].name for i in binding.blocks if i < len(blocks)]
                 where = f" in {binding.model}" if binding.model else ""
-                lines.append(f"{method.describe()}{where}, {len(names)} {'sites' if binding.sites else 'blocks'}:")
+                lines.append(
+                    f"{binding.method.describe()}{where}, {len(names)} {'sites' if binding.sites else 'blocks'}:"
+                )
                 lines.append(listing(names))
                 if binding.passes:
                     lines.append(

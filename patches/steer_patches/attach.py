@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
 import steer_patches.families  # noqa: F401  (registers the family data)
+from steer_kernels.order import TokenOrder
 from steer_patches import interface
 from steer_patches.blocks import Tape
 from steer_patches.clock import Clock
 from steer_patches.family import Family, family_of
 from steer_patches.processors import Ports, UnhookableProcessor, steered_class
+from steer_patches.reorder import Reordering
 from steer_patches.site import Layout, Scope, Site
 from steer_patches.swap import put, subclass, swap
 
@@ -47,6 +51,10 @@ def find_sites(model: torch.nn.Module, scope: Scope | None = None) -> list[Site]
         if family is not None:
             site.kind = family.kind_of(site.name) or site.kind
             site.main_port = family.main_port if site.ports > family.main_port else 0
+    layers: Counter[str] = Counter()
+    for site in found:
+        site.layer = layers[site.kind]
+        layers[site.kind] += 1
     return found
 
 
@@ -99,8 +107,10 @@ class Attachment:
         self.scope = Scope()
         self.sites = find_sites(self.inner, self.scope)
         self.tape = Tape(self.inner, self.family)
+        self.reordering = Reordering(self.inner, self.family)
         self.around: Around | None = None
         self.before: list[Callable[[], None]] = []
+        self._may_reorder = False
         self._signature = inspect.signature(type(self.inner).forward)
         self._undo: list[Callable[[], None]] = []
         self._modules: list[tuple[Site, Any]] = []
@@ -138,6 +148,7 @@ class Attachment:
     def remove(self) -> None:
         """Take everything back; the model is exactly what it was."""
         self.tape.remove()
+        self.reordering.remove()
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
@@ -189,6 +200,8 @@ class Attachment:
             raise
         self.scope.layout = self._layout(arguments)
         self.scope.rows = self._rows(arguments)
+        self.scope.device = _device_of(arguments)
+        self._may_reorder = self._can_reorder(arguments)
         for hook in self.before:
             hook()
         if self.around is None:
@@ -200,7 +213,28 @@ class Attachment:
             return None
         grid = self.family.grid(self.inner, arguments)
         tokens = grid[0] * grid[1] * grid[2] if grid is not None and self.family.tokens_from_grid else None
-        return Layout(tokens, grid, self.family.text_first)
+        return Layout(tokens, grid, self.family.text_first, self.family.text_tokens(self.inner, arguments))
+
+    def _can_reorder(self, arguments: Mapping[str, Any]) -> bool:
+        """Not where the sequence is split between devices, where a cache keeps tokens, or blocks run a second time."""
+        inner: Any = self.inner
+        split = self.parallel is not None
+        cached = getattr(inner, "is_cache_enabled", False)
+        again = torch.is_grad_enabled() and getattr(inner, "is_gradient_checkpointing", False)
+        reordering = self.reordering
+        return not (split or cached or again or reordering.refusal or reordering.refuses(arguments))
+
+    @property
+    def parallel(self) -> Any:
+        """diffusers' `ContextParallelConfig` of this model, or None."""
+        return getattr(getattr(self.inner, "_parallel_config", None), "context_parallel_config", None)
+
+    def set_order(self, order: TokenOrder | None) -> None:
+        """The forward that begins runs its blocks in this order of the visual tokens, where the model can do that."""
+        layout = self.scope.layout
+        self.reordering.order = order if layout is not None and self._may_reorder else None
+        if layout is not None and self.reordering.order is not layout.order:
+            self.scope.layout = replace(layout, order=self.reordering.order)
 
     def _rows(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
         pipeline, run = self.clock.pipeline, self.clock.run
@@ -220,6 +254,12 @@ class Attachment:
 def batch_of(arguments: Mapping[str, Any]) -> int:
     """Number of rows of a forward: the first dimension of its first tensor argument."""
     return next(value.shape[0] for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1)
+
+
+def _device_of(arguments: Mapping[str, Any]) -> torch.device:
+    """Device of a forward's first tensor argument."""
+    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def does_cfg(pipeline: Any, arguments: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from steer_patches.family import Family, Stage
-from steer_patches.swap import put, subclass, swap
+from steer_patches.swap import mix, put
 
 
 def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -94,7 +94,7 @@ class Tape:
         """Let the blocks be driven; does nothing to what they compute."""
         for block in self.blocks:
             self._undo.append(put(block.module, "_steer_block", block))
-            self._undo.append(swap(block.module, subclass(type(block.module), Driven)))
+            self._undo.append(mix(block.module, Driven, outside=False))
 
     def remove(self) -> None:
         for undo in reversed(self._undo):

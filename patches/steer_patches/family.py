@@ -22,19 +22,39 @@ class Stage:
             that is skipped returns these arguments. Empty where a module cannot be skipped.
         chained: True where a module's output depends on earlier ones only through its predecessor's output, so that
             replaying the last one is enough (transformer blocks); False where all outputs are read later (UNets).
+        tokens: the argument (B, S, C) that holds the visual tokens, one of `returns`; empty where the modules
+            cannot work on tokens in another order than raster.
+        tables: what holds something for each visual token, argument -> the shapes that it may have, of which the first
+            that fits says where the tokens are: "S" is the axis of the visual tokens, "T+S" that of the text's
+            (`encoder_hidden_states`) and the visual ones, a number is that size, any other word any size. A shape
+            without tokens is one value for all of them; no shapes: the argument must not be given. "name.0" is an item
+            of a tuple, "name.key" of a dict. What is not named here does not depend on the order of the visual tokens.
+        between: arguments of the model's forward that change the tokens between two modules, or leave modules out.
+        raster: arguments by which a module addresses tokens by their place in raster order.
     """
 
     path: str
     returns: tuple[str, ...] = ()
     chained: bool = True
+    tokens: str = ""
+    tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    between: tuple[str, ...] = ()
+    raster: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A known-good setting of a method for a family, and where it comes from."""
+    """A known-good setting of a method for a family, where it comes from, and the model that it is for."""
 
     settings: Mapping[str, Any]
     source: str
+    name: str = ""
+
+
+def text_length(model: torch.nn.Module, arguments: Mapping[str, Any]) -> int | None:
+    """Text tokens of a joint sequence: those of `encoder_hidden_states`."""
+    text = arguments.get("encoder_hidden_states")
+    return text.shape[1] if isinstance(text, torch.Tensor) and text.ndim == 3 else None
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,9 @@ class Family:
         affine: False where the pipeline's guidance rescales its result, so that an added term is not kept exactly.
         splits_rows: True where the processor computes attention row by row.
         main_port: port of the ordinary attention call, where a processor has others before it.
-        presets: method name -> known-good settings.
+        video: True where the grid may have several frames.
+        text_tokens: (model, forward arguments) -> text tokens of a joint sequence, None where each row has its own.
+        presets: method name -> known-good settings, or several of them, the default first.
     """
 
     name: str
@@ -67,7 +89,20 @@ class Family:
     affine: bool = True
     splits_rows: bool = False
     main_port: int = 0
-    presets: Mapping[str, Preset] = field(default_factory=dict)
+    video: bool = False
+    text_tokens: Callable[[torch.nn.Module, Mapping[str, Any]], int | None] = text_length
+    presets: Mapping[str, Preset | tuple[Preset, ...]] = field(default_factory=dict)
+
+    def preset(self, method: str, name: str | None = None) -> Preset | None:
+        """The settings of a method for this family: the first ones, or those of that name."""
+        known = self.presets.get(method, ())
+        known = known if isinstance(known, tuple) else (known,)
+        return next((preset for preset in known if name in (None, preset.name)), None)
+
+    def preset_names(self, method: str) -> list[str]:
+        """Names of the family's presets for a method."""
+        known = self.presets.get(method, ())
+        return [preset.name for preset in (known if isinstance(known, tuple) else (known,)) if preset.name]
 
     def kind_of(self, site_name: str) -> str | None:
         """Kind of the site by its name, or None where no pattern says."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from steer_patches.parallel import run_chain_whole
 from steer_patches.site import Call, Site, run_chain
 from steer_patches.swap import subclass
 
@@ -72,7 +73,13 @@ class Ports:
             )
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         call = Call(q, k, v, attn_mask, scale, is_causal, site, port, extra=extra)
-        return run_chain(site.chain, 0, call, _end_dispatch).transpose(1, 2)
+        parallel = getattr(self, "_parallel_config", None)
+        if parallel is None or parallel.context_parallel_config is None:
+            return run_chain(site.chain, 0, call, _end_dispatch).transpose(1, 2)
+        # cross-attention to text that every rank has whole is dispatched without a parallel_config
+        split_keys = extra.get("parallel_config") is not None
+        config = parallel.context_parallel_config
+        return run_chain_whole(call, config, split_keys, _end_dispatch).transpose(1, 2)
 
     def _steer_sdpa(
         self,

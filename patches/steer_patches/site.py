@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from steer_kernels.order import TokenOrder
+
 ROLES = ("uncond", "cond", "perturbed", "source", "target", "reference")
 KINDS = ("self", "cross", "joint", "temporal", "causal", "text")
 
@@ -20,11 +22,15 @@ class Layout:
         image_tokens: number of visual tokens of one row, or None where it differs from site to site (UNets).
         grid: (frames, height, width) of the visual tokens in raster order; in a UNet, of the latents at its entry.
         text_first: True where joint sequences run [text, image], False for [image, text].
+        text_tokens: text tokens of a joint sequence, or None where that differs from row to row.
+        order: the order in which the visual tokens pass through the blocks; None = raster.
     """
 
     image_tokens: int | None = None
     grid: tuple[int, int, int] | None = None
     text_first: bool = False
+    text_tokens: int | None = None
+    order: TokenOrder | None = None
 
     def spans(self, tokens: int) -> tuple[slice, slice]:
         """(image, text) slices of a sequence of `tokens` tokens."""
@@ -94,6 +100,7 @@ class Scope:
     def __init__(self) -> None:
         self.rows: tuple[str, ...] = ("cond",)
         self.layout: Layout | None = None
+        self.device = torch.device("cpu")  # of the forward's inputs
         self.run = Run()
 
 
@@ -110,6 +117,9 @@ class Site:
         ports: attention calls in that processor's source; 0 where it cannot be hooked.
         main_port: the ordinary one among them (others attend to image prompts and the like).
         refusal: why it cannot be hooked, else None.
+        layer: number of the site among those of its kind.
+        chain: what runs here.
+        kernel: what the one method of the stage "kernel" here has made ready for the forward in flight.
     """
 
     name: str
@@ -122,7 +132,9 @@ class Site:
     ports: int = 1
     main_port: int = 0
     refusal: str | None = None
+    layer: int = 0
     chain: tuple[Any, ...] = ()
+    kernel: Any = field(default=None, repr=False)
     scope: Scope = field(default_factory=Scope, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -142,6 +154,7 @@ class Call:
         heads: boolean (H, 1, 1) mask of the heads that the current method may edit; None = all.
         extra: what the model's own backend needs besides.
         own_rows: roles of this call's rows where it holds a part of the batch only; None = those of the forward.
+        head_range: the site's heads that this call holds, where they are split between devices; None = all.
     """
 
     query: torch.Tensor
@@ -155,6 +168,7 @@ class Call:
     heads: torch.Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     own_rows: tuple[str, ...] | None = None
+    head_range: slice | None = None
 
     def replace(self, **changes: Any) -> Call:
         """A copy with some fields changed."""

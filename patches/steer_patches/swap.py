@@ -18,6 +18,7 @@ class Steered:
     """Mixed into every swapped class; copies and pickles come out unsteered."""
 
     _steer_base: type
+    _steer_mixins: tuple[type, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         factory, args, state, *rest = (*super().__reduce_ex__(protocol), None, None)[:5]
@@ -41,7 +42,9 @@ def subclass(base: Any, *mixins: Any) -> Any:
 
 
 def _new_subclass(base: Any, *mixins: Any) -> Any:
+    inner = getattr(base, "_steer_mixins", ())
     body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body |= {"_steer_mixins": (*mixins, *inner)}
     again = issubclass(base, Steered)  # a second swap: Steered is among its bases already
     bases = (*mixins, base) if again else (*mixins, Steered, base)
     return type(base.__name__, bases, body | {"_steer_base": base._steer_base if again else base})
@@ -57,6 +60,27 @@ def swap(obj: Any, cls: type) -> Callable[[], None]:
             object.__setattr__(obj, "__class__", before)
 
     return undo
+
+
+def mix(obj: Any, mixin: type, outside: bool = True) -> Callable[[], None]:
+    """Mix `mixin` into the class of `obj`, outside or inside of the mixins that it has.
+
+    Returns the function that takes it out again; what others mixed in before or since stays.
+    """
+    plain, mixins = _unmixed(type(obj))
+    object.__setattr__(obj, "__class__", subclass(plain, *((mixin, *mixins) if outside else (*mixins, mixin))))
+
+    def undo() -> None:
+        plain, mixins = _unmixed(type(obj))
+        others = [other for other in mixins if other is not mixin]
+        object.__setattr__(obj, "__class__", subclass(plain, *others) if others else plain)
+
+    return undo
+
+
+def _unmixed(cls: Any) -> tuple[type, tuple[type, ...]]:
+    """What `subclass` made `cls` of; a class that it did not make is itself, without mixins."""
+    return (cls._steer_base, cls._steer_mixins) if "_steer_mixins" in vars(cls) else (cls, ())
 
 
 def put(obj: Any, name: str, value: Any) -> Callable[[], None]:

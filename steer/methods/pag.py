@@ -39,6 +39,7 @@ class PAG(Guidance):
     strength: float = 1.0
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
+    any_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,14 +23,19 @@ def _width(ids: torch.Tensor) -> int:
     return int(changes[0]) + 1 if len(changes) else len(ids)
 
 
-RETURNS = ("encoder_hidden_states", "hidden_states")
+BLOCKS: Mapping[str, Any] = {
+    "returns": ("encoder_hidden_states", "hidden_states"),
+    "tokens": "hidden_states",
+    "tables": {"image_rotary_emb": ("T+S D",), "joint_attention_kwargs.attention_mask": ()},
+    "between": ("controlnet_block_samples", "controlnet_single_block_samples"),
+}
 
 FLUX = register(
     Family(
         name="FLUX",
         models=("FluxTransformer2DModel",),
         kinds={"*.attn": "joint"},
-        stages=(Stage("transformer_blocks", RETURNS), Stage("single_transformer_blocks", RETURNS)),
+        stages=(Stage("transformer_blocks", **BLOCKS), Stage("single_transformer_blocks", **BLOCKS)),
         grid=grid,
         text_first=True,
         cfg="sequential",
@@ -38,6 +43,11 @@ FLUX = register(
             "PAG": Preset({"layers": "transformer_blocks.13"}, UNTUNED),
             "SEG": Preset({"layers": "transformer_blocks.13"}, UNTUNED),
             "SLG": Preset({"layers": "transformer_blocks.13"}, UNTUNED),
+            "NeighborhoodAttention": Preset(
+                {"window": (80, 80), "stride": (16, 16), "steps": "0.32:"},
+                "arXiv 2504.16922, FLUX.1-dev with a 4K adapter at 256 x 256 tokens, 9 of 28 steps dense",
+                "flux-4k",
+            ),
         },
     )
 )

@@ -20,8 +20,16 @@ LTX = register(
         name="LTX-Video",
         models=("LTXVideoTransformer3DModel",),
         kinds={"*.attn1": "self", "*.attn2": "cross"},
-        stages=(Stage("transformer_blocks", returns=("hidden_states",)),),
+        stages=(
+            Stage(
+                "transformer_blocks",
+                returns=("hidden_states",),
+                tokens="hidden_states",
+                tables={"image_rotary_emb": ("B S C",), "temb": ("B 1 C", "B S C")},
+            ),
+        ),
         grid=grid,
+        video=True,
         presets={
             "PAG": Preset({"layers": "transformer_blocks.14"}, UNTUNED),
             "SEG": Preset({"layers": "transformer_blocks.14"}, UNTUNED),

@@ -24,7 +24,15 @@ QWEN_IMAGE = register(
         name="Qwen-Image",
         models=("QwenImageTransformer2DModel",),
         kinds={"*.attn": "joint"},
-        stages=(Stage("transformer_blocks", returns=("encoder_hidden_states", "hidden_states")),),
+        stages=(
+            Stage(
+                "transformer_blocks",
+                returns=("encoder_hidden_states", "hidden_states"),
+                tokens="hidden_states",
+                tables={"image_rotary_emb.0": ("S D",), "modulate_index": ("B S",)},  # item 1 is the text's
+                between=("controlnet_block_samples",),
+            ),
+        ),
         grid=grid,
         text_first=True,
         cfg="sequential",

@@ -7,7 +7,14 @@ SD3 = register(
         name="SD3 / SD3.5",
         models=("SD3Transformer2DModel",),
         kinds={"*.attn2": "self", "*.attn": "joint"},
-        stages=(Stage("transformer_blocks", returns=("encoder_hidden_states", "hidden_states")),),
+        stages=(
+            Stage(
+                "transformer_blocks",
+                returns=("encoder_hidden_states", "hidden_states"),
+                tokens="hidden_states",
+                between=("block_controlnet_hidden_states", "skip_layers"),
+            ),
+        ),
         grid=patched(),
         presets={
             "PAG": Preset(
