@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from steer.method import Method, methods
+from steer.plan import Plan
 from steer_patches.attach import find_sites, plain
 
 FORMAT = 1
@@ -87,11 +90,14 @@ def save(method: Method, directory: str | Path) -> None:
     document = {
         "format": FORMAT,
         "method": type(method).__name__,
-        "fields": {name: _to_json(name, value) for name, value in fields.items() if name not in tensors},
+        "fields": {name: to_json(name, value) for name, value in fields.items() if name not in tensors},
         "tensors": sorted(tensors),
-        "versions": {name: _version(name) for name in ("steer-attention", "torch", "diffusers", "transformers")},
+        "versions": installed(),
         "fingerprint": method.__dict__.get("_fingerprint") or method.__dict__.get("_loaded_fingerprint"),
     }
+    for name, value in fields.items():
+        if isinstance(value, Plan):
+            tensors |= {f"{name}.{key}": _packed(tensor) for key, tensor in value.tensors.items()}
     text = json.dumps(document, indent=2, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / JSON).write_text(text + "\n")
@@ -118,10 +124,10 @@ def load(directory: str | Path) -> Method:
     cls = known.get(document["method"])
     if cls is None:
         raise ValueError(f"{folder / JSON} holds a {document['method']}; this version knows {', '.join(known)}")
-    fields = {name: _from_json(value) for name, value in document["fields"].items()}
-    if document["tensors"]:
-        tensors = load_file(folder / TENSORS)
-        fields.update({name: tensors[name] for name in document["tensors"]})
+    has_plan = any(isinstance(value, dict) and "plan" in value for value in document["fields"].values())
+    tensors = load_file(folder / TENSORS) if document["tensors"] or has_plan else {}
+    fields = {name: _from_json(name, value, tensors) for name, value in document["fields"].items()}
+    fields |= {name: tensors[name] for name in document["tensors"]}
     names = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - names)
     if unknown:
@@ -131,7 +137,16 @@ def load(directory: str | Path) -> Method:
     return method
 
 
-def _to_json(name: str, value: Any) -> Any:
+def to_json(name: str, value: Any) -> Any:
+    """A field's value as JSON holds it; the tensors of a plan are left to the caller.
+
+    Raises:
+        TypeError: a value that cannot be saved.
+    """
+    if isinstance(value, Plan):
+        rest = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        shapes = {key: list(tensor.shape) for key, tensor in value.tensors.items() if tensor.dtype == torch.bool}
+        return {"plan": {**rest, "tensors": sorted(value.tensors), "packed": shapes}}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, float) and value == float("inf"):
@@ -145,13 +160,40 @@ def _to_json(name: str, value: Any) -> Any:
     raise TypeError(f"field {name}={value!r} of type {type(value).__name__} cannot be saved")
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        kind, content = next(iter(value.items()))
-        if kind == "range":
-            return range(*content)
-        return float(content) if kind == "float" else dict(content)
-    return value
+def _from_json(name: str, value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "range":
+        return range(*content)
+    if kind == "plan":
+        return _plan(name, content, tensors)
+    return float(content) if kind == "float" else dict(content)
+
+
+def _plan(name: str, content: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Plan:
+    packed = content.pop("packed")
+    loaded = {key: tensors[f"{name}.{key}"] for key in content.pop("tensors")}
+    loaded |= {key: _unpacked(loaded[key], shape) for key, shape in packed.items()}
+    content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    return Plan(tensors=loaded, **content)
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """As it is saved: booleans, which may be block masks of a whole model, as bits."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bool:
+        return torch.from_numpy(np.packbits(tensor.numpy().reshape(-1)))
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _unpacked(bits: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool)).view(shape)
+
+
+def installed() -> dict[str, str | None]:
+    """Versions of steer and of the libraries that its results depend on."""
+    return {name: _version(name) for name in ("steer-attention", "torch", "diffusers", "transformers")}
 
 
 def _version(package: str) -> str | None:

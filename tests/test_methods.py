@@ -1,4 +1,7 @@
-"""The generic table: what every method of the registry must satisfy, on every family that it works on."""
+"""The generic table: what every guidance method of the registry must satisfy, on every family that it works on.
+
+The sparse methods have a table of their own, tests/test_sparse.py.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from tiny_pipelines import PIPELINES, generate
 
 import steer
 from steer.cli import _works_on
+from steer.sparse import Sparse
 from steer_patches.blocks import find_blocks
 from steer_patches.family import family_of as family_of_model
 
-METHODS = steer.methods()
+METHODS = {name: method for name, method in steer.methods().items() if issubclass(method, steer.Guidance)}
 NEUTRAL = {"PAG": [{"scale": 0.0}, {"strength": 0.0}, {"heads": []}], "SEG": [{"scale": 0.0}, {"sigma": 0.0}],
            "SLG": [{"scale": 0.0}]}  # fmt: skip
 MODELS = [name for name in FAMILIES if name not in ("llama", "llava")]
@@ -54,6 +58,10 @@ def make(method: str, model: Any, **settings: Any) -> steer.Method:
 
 def test_every_method_has_neutral_settings_to_test() -> None:
     assert set(NEUTRAL) == set(METHODS)
+
+
+def test_every_method_is_in_one_of_the_two_tables() -> None:
+    assert all(issubclass(method, (steer.Guidance, Sparse)) for method in steer.methods().values())
 
 
 @pytest.mark.parametrize("method, name", cases())
