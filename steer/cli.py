@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
 import diffusers
@@ -17,11 +21,14 @@ from rich.table import Table
 
 import steer
 from steer.method import Method
+from steer.state import unfit
 from steer_patches.family import FAMILIES, Family
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training-free attention methods for HF models.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; every ratio comes with its error.")
 app.add_typer(bench_app, name="bench")
+plot_app = typer.Typer(no_args_is_help=True, help="Draw as PNG.")
+app.add_typer(plot_app, name="plot")
 console = Console()
 
 
@@ -60,14 +67,16 @@ def methods_table_markdown() -> str:
 def _works_on(method: type[Method], family: Family) -> bool:
     if getattr(method, "skips_blocks", False):
         return any(stage.returns for stage in family.stages)
-    return any(kind in method.kinds for kind in family.kinds.values())
+    return unfit(method, family) is None and any(kind in method.kinds for kind in family.kinds.values())
 
 
 def _cell(method: type[Method], family: Family) -> str:
     if not _works_on(method, family):
         return "–"
-    preset = family.presets.get(method.__name__)
-    return f"`{preset.settings['layers']}`" if preset else "give `layers=`"
+    preset = family.preset(method.__name__)
+    if preset is not None:
+        return f"`{preset.settings['layers']}`" if "layers" in preset.settings else "published"
+    return "yes" if getattr(method, "default_layers", None) else "give `layers=`"
 
 
 @app.command()
@@ -103,6 +112,131 @@ def _open(name: str) -> Any:
         loaded = entry.load()(name)
         return loaded[0] if isinstance(loaded, tuple) else loaded
     return diffusers.DiffusionPipeline.from_pretrained(name)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Embedded model name, local folder or hub id of a pipeline.")],
+    method: Annotated[str, typer.Argument(help="A method with a search, e.g. SparseVDiT.")],
+    output: Annotated[Path, typer.Option(help="Folder for the fitted method; steer.load reads it.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the data; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value: a field of the method, or an option of its search.")
+    ] = None,
+    call: Annotated[list[str] | None, typer.Option(help="key=value: an argument of the pipeline.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first sample; the others count up.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the search in, and to resume from.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a table and a picture of layers and heads.")] = None,
+) -> None:
+    """Fit a searched method to a pipeline and some prompts."""
+    known = steer.methods()
+    if method not in known:
+        raise ValueError(f"there is no method {method}; there are {', '.join(known)}")
+    lines = prompts.read_text().splitlines() if prompts else []
+    texts = [*(prompt or []), *(line.strip() for line in lines if line.strip())]
+    if not texts:
+        raise ValueError("give prompts to calibrate on: --prompt TEXT, or --prompts FILE with one on each line")
+    given = _assignments("--set", settings or [])
+    names = {field.name for field in dataclasses.fields(known[method])}
+    chosen = known[method](**{key: value for key, value in given.items() if key in names})
+    options = {key: value for key, value in given.items() if key not in names}
+    arguments = _assignments("--call", call or [])
+    pipe = _open(model)
+    fitted = steer.calibrate(
+        pipe,
+        chosen,
+        [{**arguments, "prompt": text} for text in texts],
+        seed=seed,
+        checkpoint=checkpoint,
+        report=report,
+        **options,
+    )
+    fitted.save(str(output))
+    console.print(f"{fitted.describe()} is in {output}", highlight=False, markup=False)
+
+
+def _assignments(option: str, given: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs; values are JSON, or text where they are none."""
+    pairs = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{option} {text!r} is not understood; write {option} key=value")
+        try:
+            pairs[key] = json.loads(value)
+        except json.JSONDecodeError:
+            pairs[key] = value
+    return pairs
+
+
+@app.command()
+def simulate(
+    model: Annotated[str, typer.Argument(help="Name of a published model, e.g. hunyuanvideo.")],
+    method: Annotated[str, typer.Argument(help="A sparse method, e.g. RadialAttention.")],
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of a run.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: a field of the method.")] = None,
+    density: Annotated[float | None, typer.Option(help="Instead of what the method's masks give.")] = None,
+    attention_share: Annotated[
+        float | None, typer.Option(help="Of the time of a dense step; default: of its FLOPs.")
+    ] = None,
+    efficiency: Annotated[float, typer.Option(help="FLOPs a second of the sparse kernel over the dense one's.")] = 1.0,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Say what a sparse method can gain on a model: density, FLOPs and bounds. Needs no weights."""
+    from steer.simulate import simulate
+
+    found = simulate(
+        model,
+        _sparse(method, settings),
+        height=height,
+        width=width,
+        frames=frames,
+        steps=steps,
+        density=density,
+        attention_share=attention_share,
+        efficiency=efficiency,
+    )
+    console.print(str(found), highlight=False, markup=False, soft_wrap=True)
+    if output is not None:
+        output.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+
+
+@plot_app.command("mask")
+def plot_mask(
+    model: Annotated[str, typer.Argument(help="Name of a published model, e.g. hunyuanvideo.")],
+    method: Annotated[str, typer.Argument(help="A sparse method, e.g. RadialAttention.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: a field of the method.")] = None,
+    layer: Annotated[str | None, typer.Option(help="Attention site; default: the method's first.")] = None,
+    head: Annotated[int, typer.Option(help="Query head.", min=0)] = 0,
+) -> None:
+    """Draw the block mask of a sparse method: queries down, keys across, full blocks dark, partial ones lighter."""
+    from steer.simulate import mask_of
+
+    mask = mask_of(model, _sparse(method, settings), height=height, width=width, frames=frames, layer=layer)
+    picture = mask.show(head=head)
+    assert not isinstance(picture, str)
+    picture.save(output)
+    console.print(f"{mask!r} is in {output}", highlight=False, markup=False)
+
+
+def _sparse(name: str, settings: Sequence[str] | None) -> Any:
+    """A method by name with the fields of `--set`."""
+    known = steer.methods()
+    if name not in known:
+        raise ValueError(f"there is no method {name}; there are {', '.join(known)}")
+    given, names = _assignments("--set", settings or []), [field.name for field in dataclasses.fields(known[name])]
+    for key in given:
+        if key not in names:
+            raise ValueError(f"{name} has no field {key!r}; it has {', '.join(names)}")
+    return known[name](**given)
 
 
 @bench_app.command("guidance")
