@@ -21,6 +21,7 @@ from rich.table import Table
 
 import steer
 from steer.method import Method
+from steer.sparse import Sparse
 from steer.state import unfit
 from steer_patches.family import FAMILIES, Family
 
@@ -56,11 +57,16 @@ def methods(markdown: Annotated[bool, typer.Option(help="Print the README's tabl
 
 
 def methods_table_markdown() -> str:
-    """Methods x model families, from the registry: the preset's layers if there is one, a dash where it cannot run."""
-    rows = ["| family | " + " | ".join(steer.methods()) + " |", "|---" * (len(steer.methods()) + 1) + "|"]
+    """Methods x model families, from the registry: one table of what edits predictions, one of sparse attention."""
+    known = steer.methods().values()
+    return "\n\n".join(_table([m for m in known if issubclass(m, Sparse) == sparse]) for sparse in (False, True))
+
+
+def _table(methods: list[type[Method]]) -> str:
+    rows = ["| family | " + " | ".join(m.__name__ for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
     for family in sorted(FAMILIES, key=lambda f: f.name.lower()):
-        cells = [_cell(method, family) for method in steer.methods().values()]
-        rows.append(f"| {family.name} | " + " | ".join(cells) + " |")
+        if any(_works_on(method, family) for method in methods):
+            rows.append(f"| {family.name} | " + " | ".join(_cell(method, family) for method in methods) + " |")
     return "\n".join(rows)
 
 
@@ -76,7 +82,7 @@ def _cell(method: type[Method], family: Family) -> str:
     preset = family.preset(method.__name__)
     if preset is not None:
         return f"`{preset.settings['layers']}`" if "layers" in preset.settings else "published"
-    return "yes" if getattr(method, "default_layers", None) else "give `layers=`"
+    return getattr(method, "without_preset", "give `layers=`")
 
 
 @app.command()
@@ -236,7 +242,11 @@ def _sparse(name: str, settings: Sequence[str] | None) -> Any:
     for key in given:
         if key not in names:
             raise ValueError(f"{name} has no field {key!r}; it has {', '.join(names)}")
-    return known[name](**given)
+    try:
+        return known[name](**given)
+    except TypeError as error:
+        values = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(f"{name} cannot take {values}: {error}") from None
 
 
 @bench_app.command("guidance")
@@ -293,7 +303,7 @@ def main() -> None:
             app.command(entry.name)(command)
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise SystemExit(2) from None
 

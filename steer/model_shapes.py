@@ -74,7 +74,7 @@ class ModelShape:
         Raises:
             ValueError: a size that does not fill whole tokens.
         """
-        height, width, frames = height or self.height, width or self.width, frames or self.frames
+        height, width, frames = self.pixels(height, width, frames)
         over_time, *over_space = self.compression
         for axis, length, each, patch in zip(
             ("height", "width"), (height, width), over_space, self.patch[1:], strict=True
@@ -82,13 +82,19 @@ class ModelShape:
             if length < 1 or length % (each * patch):
                 raise ValueError(f"{axis}={length} of {self.name} must be a multiple of {each * patch} pixels")
         if frames < 1 or (frames - 1) % over_time:
-            near = [(frames - 1) // over_time * over_time + 1, -(-(frames - 1) // over_time) * over_time + 1]
+            near = [(frames - 1) // over_time * over_time + 1, max(-(-(frames - 1) // over_time), 0) * over_time + 1]
             allowed = " or ".join(str(n) for n in near if n > 0) if over_time > 1 else "1 or more"
             raise ValueError(f"frames={frames} of {self.name} must be a multiple of {over_time} plus 1, e.g. {allowed}")
         if self.still and frames > 1:
             raise ValueError(f"{self.name} draws single images: leave out frames={frames}")
         length = (frames - 1) // over_time + 1
         return -(-length // self.patch[0]) * self.patch[0], height // over_space[0], width // over_space[1]
+
+    def pixels(self, height: int | None, width: int | None, frames: int | None) -> Size:
+        """A size in pixels, (height, width, frames), with the model's own where it is None."""
+        own = (self.height, self.width, self.frames)
+        height, width, frames = (y if x is None else x for x, y in zip((height, width, frames), own, strict=True))
+        return height, width, frames
 
     @property
     def still(self) -> bool:

@@ -170,7 +170,7 @@ def simulate(
     if efficiency <= 0 or (steps is not None and steps < 1):
         raise ValueError(f"efficiency={efficiency} must be above 0, and steps={steps} at least 1")
     steps = steps or shape.steps
-    size = (height or shape.height, width or shape.width, frames or shape.frames)
+    size = shape.pixels(height, width, frames)
     grid = shape.grid(*size)
     bound, heads, sites = _on_model(shape, method, density)
     roles = ("uncond", "cond")[-shape.passes :]

@@ -12,6 +12,7 @@ import torch
 from steer.method import Method
 from steer.select import SelectorError, parse_steps
 from steer_kernels import BlockMask, block_sparse_attention
+from steer_kernels.block_sparse.api import BACKENDS
 from steer_kernels.order import TokenOrder
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Scope, Site
@@ -108,14 +109,18 @@ class Sparse(Method, register=False):
     defaults: ClassVar[Mapping[str, Any]] = {}
     needs_video: ClassVar[bool] = False
     needs_grid: ClassVar[bool] = True
+    without_preset: ClassVar[str] = "yes"  # what the table of methods says of a family without settings of its own
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._made: dict[Any, Prepared] = {}
         for name in ("dense_layers", "block_size"):
             value = getattr(self, name)
-            if value is not None and value < (name == "block_size"):
-                raise ValueError(f"{name}={value} must be {'at least 1' if name == 'block_size' else '0 or more'}")
+            least = int(name == "block_size")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        if self.backend not in (None, *BACKENDS):
+            raise ValueError(f"backend={self.backend!r} does not exist; choose from {', '.join(BACKENDS)}")
 
     def make(self, tokens: Tokens, site: Site) -> Prepared:
         """The mask of a site. The one function to write where the mask depends on shapes alone.
@@ -145,7 +150,8 @@ class Sparse(Method, register=False):
             layouts = list(dict.fromkeys(made[1] for made in self._made))
             if tokens not in layouts and len(layouts) >= KEPT:
                 self._made = {made: kept for made, kept in self._made.items() if made[1] != layouts[0]}
-            self._made[full] = build()
+            with torch.inference_mode(False):  # or forwards outside inference mode could neither save nor write it
+                self._made[full] = build()
         return self._made[full]
 
     def resolved(self, family: Family | None, has_clock: bool) -> Sparse:
@@ -172,12 +178,17 @@ class Sparse(Method, register=False):
             sites: of this method: the site and its head mask.
         """
         layout = scope.layout
+        if layout is not None and layout.grid is not None and math.prod(layout.grid) >= self.min_tokens:
+            _check_grid(self, layout.grid)
         for site, heads in sites.values():
             text = (layout.text_tokens if layout else None) if site.kind == "joint" else 0
             if layout is None or layout.grid is None or text is None:
                 site.kernel = None  # made from the call itself, where the text of each row has its own length
                 continue
             tokens = Tokens(layout.grid, text, layout.text_first, scope.device)
+            if tokens.length < self.min_tokens:
+                site.kernel = None
+                continue
             site.kernel = self.prepared(tokens, site, heads, in_order=layout.order is not None)
 
     def prepared(self, tokens: Tokens, site: Site, heads: torch.Tensor | None, in_order: bool = False) -> Prepared:
@@ -252,6 +263,16 @@ class Sparse(Method, register=False):
         masks = [site.kernel.mask for site, _ in sites.values() if isinstance(site.kernel, Prepared)]
         kept = {id(mask): mask.density for mask in masks if mask is not None}
         return sum(kept[id(mask)] for mask in masks) / len(masks) if kept else None
+
+
+def _check_grid(method: Sparse, grid: tuple[int, int, int]) -> None:
+    """Raise `ValueError` where a family knows the visual tokens as one row, because they are no single picture."""
+    if grid[:2] == (1, 1) and grid[2] > 1:
+        raise ValueError(
+            f"{type(method).__name__} needs rows and columns, but the {grid[2]} visual tokens are known as one row: "
+            "reference images or conditioning frames are in the same sequence, or position ids are missing. Remove the "
+            "method for such runs"
+        )
 
 
 def ordered(call: Call, ready: Prepared) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -90,6 +90,7 @@ class Binding:
         blocks: indices of the blocks that the perturbed pass skips.
         prefix: number of leading blocks that the method leaves unedited.
         live: the same sites as they are hooked, with their head masks; set when installed.
+        able: sites of the model that are of the method's kinds; set when installed.
         passes, shared_blocks, active: counted while running; `active` are the forwards in which the method was on.
     """
 
@@ -100,6 +101,7 @@ class Binding:
     blocks: tuple[int, ...] = ()
     prefix: int = 0
     live: dict[str, tuple[Site, torch.Tensor | None]] = field(default_factory=dict)
+    able: int = 0
     passes: int = 0
     shared_blocks: int = 0
     active: int = 0
@@ -289,6 +291,7 @@ class State:
         for binding in group:
             sites = self.attachments[binding.model].sites
             binding.live = {s.name: (s, binding.sites[s.name]) for s in sites if s.name in binding.sites}
+            binding.able = sum(site.kind in binding.method.kinds for site in sites)
         self.groups.append(group)
         self._rebuild()
 
@@ -321,6 +324,8 @@ class State:
 
     def detach(self) -> None:
         """Everything off; the target is exactly what it was."""
+        if self.clock is not None:
+            self.clock.start({})  # what methods keep for a run goes with the run
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
@@ -355,8 +360,8 @@ class State:
         self.forwards += 1
         attachment = self.attachments[key]
         if attachment.parallel is not None:
-            for name in {name for b in self.bindings if b.model == key for name in b.sites}:
-                refuse_ring(name, attachment.parallel)
+            for binding in (b for b in self.bindings if b.model == key and b.sites):
+                refuse_ring(next(iter(binding.sites)), attachment.parallel)
         if self._shifts.get("run") is not attachment.clock.run:
             self._shifts.clear()
         now = [b.method for b in self.bindings if b.model == key and _runs_now(b, attachment.clock.run)]
@@ -520,9 +525,7 @@ class Handle:
         left_out = 0.0
         for binding in self.bindings:
             if binding.model in of_model and binding.live:
-                kinds = binding.method.kinds
-                able = sum(site.kind in kinds for site in self.state.attachments[binding.model].sites)
-                part = binding.active / self.state.forwards * len(binding.live) / able
+                part = binding.active / self.state.forwards * len(binding.live) / binding.able
                 left_out += part * (1 - of_model[binding.model])
         return 1 - left_out
 

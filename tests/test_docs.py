@@ -98,13 +98,41 @@ assert steer.methods()["Temperature"] is Temperature
 """
 
 
-def test_worked_example_is_a_method(tmp_path: Path) -> None:
+RUN_SPARSE_EXAMPLE = """
+import torch, steer
+from diffusers import WanTransformer3DModel
+from frames import Frames
+
+torch.manual_seed(0)
+model = WanTransformer3DModel(
+    num_layers=2, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8,
+    ffn_dim=8, cross_attn_norm=True,
+).eval()
+inputs = dict(
+    hidden_states=torch.randn(1, 4, 5, 8, 8), encoder_hidden_states=torch.randn(1, 3, 8), timestep=torch.tensor([500])
+)
+def run(**settings):
+    with torch.no_grad(), steer.apply(model, Frames(block_size=16, **settings)) as handle:
+        return model(**inputs).sample, handle.stats["density"]
+
+before = model(**inputs).sample.detach()
+near, density = run()
+assert density == 13 / 25 and not torch.equal(near, before)
+assert run(dense_layers=1)[1] == (13 / 25 + 1) / 2
+whole, density = run(reach=4)
+assert density == 1 and torch.allclose(whole, before, atol=1e-5)
+assert torch.equal(model(**inputs).sample.detach(), before)
+"""
+
+
+@pytest.mark.parametrize(("name", "script"), [("temperature", RUN_EXAMPLE), ("frames", RUN_SPARSE_EXAMPLE)])
+def test_worked_examples_are_methods(name: str, script: str, tmp_path: Path) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
-    (tmp_path / "temperature.py").write_text(example, encoding="utf-8")
+    (example,) = re.findall(rf'^```python\n("""{name.title()}: .+?)^```', page, re.MULTILINE | re.DOTALL)
+    (tmp_path / f"{name}.py").write_text(example, encoding="utf-8")
     # its own process: the example registers itself, and other tests run over all registered methods
     done = subprocess.run(
-        [sys.executable, "-c", RUN_EXAMPLE],
+        [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=300,

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from probes import Scale, assert_untouched, inputs_of, relative_error, snapshot
 from test_compile import Graphs
-from tiny import FAMILIES, FRAMES, HEIGHT, WIDTH, output
+from tiny import FAMILIES, FRAMES, HEIGHT, WIDTH, moved, output
 from tiny_pipelines import PIPELINES, generate
 from torch import Tensor
 
@@ -56,13 +57,14 @@ def orders(model: Any, settings: dict[str, Any]) -> Plan:
     """PAROAttention's six orders by turns, with random blocks and those on the diagonal, or with all blocks."""
     names, heads = layers_of(model)
     grid = (FRAMES if family_of(model).video else 1, HEIGHT, WIDTH)
-    n = math.prod(grid) // 8
+    block = settings.get("block_size", 8)
+    n = -(-math.prod(grid) // block)
     chance = torch.rand(1, len(names), heads, n, n, generator=torch.Generator().manual_seed(0))
     tensors = {
         "permutation": (torch.arange(len(names) * heads).view(len(names), heads) % 6).to(torch.int8),
         "blocks": (chance < settings["density"]) | torch.eye(n, dtype=torch.bool),
     }
-    return Plan(names, heads, grid, None, 8, tensors=tensors, report={"density": settings["density"]})
+    return Plan(names, heads, grid, None, block, tensors=tensors, report={"density": settings["density"]})
 
 
 def layers_of(model: Any) -> tuple[tuple[str, ...], int]:
@@ -102,10 +104,10 @@ def pairs() -> list[Any]:
 def make(method: str, model: Any, full: bool = False, **settings: Any) -> Sparse:
     """The method with an effect on tiny models, or seeing everything; no layer and no step is dense."""
     case = CASES[method]
-    given = {"dense_layers": 0, "steps": None, **(case.full if full else case.edit)}
+    given = {"dense_layers": 0, "steps": None, **(case.full if full else case.edit), **settings}
     if case.plan is not None:
         given["plan"] = case.plan(model, given)
-    return METHODS[method](**given | settings)
+    return METHODS[method](**given)
 
 
 def forward(model: Any, name: str, method: str) -> Tensor:
@@ -414,6 +416,8 @@ def test_bad_settings_change_nothing() -> None:
     for settings in ({"decay": -1}, {"block_size": 0}, {"dense_layers": -1}):
         with pytest.raises(ValueError, match="must be"):
             steer.RadialAttention(**settings)
+    with pytest.raises(ValueError, match="choose from triton, gather, flex, reference"):
+        steer.RadialAttention(backend="cuda")
 
 
 def test_presets_fill_what_is_not_given() -> None:
@@ -424,3 +428,140 @@ def test_presets_fill_what_is_not_given() -> None:
             assert (method.decay, method.steps, method.dense_layers) == (decay, steps, 0)
             assert f"decay={decay}" in handle.summary()
     assert dataclasses.asdict(steer.RadialAttention())["decay"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_that_are_no_single_video_are_refused(method: str) -> None:
+    """LTX with conditioning frames: the model gets coordinates, and steer knows the tokens as one row."""
+    model = FAMILIES["ltx"].build()
+    kwargs = inputs_of(FAMILIES["ltx"], model)
+    for name in ("num_frames", "height", "width"):
+        kwargs.pop(name)
+    more = torch.cat([kwargs["hidden_states"]] * 2, 1)
+    coordinates = torch.rand(2, 3, more.shape[1])
+    with steer.apply(model, make(method, model)), pytest.raises(ValueError, match="known as one row"):
+        output(model, kwargs | {"hidden_states": more, "video_coords": coordinates})
+
+
+@pytest.mark.parametrize("method", ["NeighborhoodAttention", "ReTtention"])
+@pytest.mark.parametrize("reference", [(3, 4), (HEIGHT, WIDTH)])
+def test_reference_images_are_no_rows_of_the_picture(method: str, reference: tuple[int, int]) -> None:
+    """FLUX Kontext puts the tokens of a reference image behind the others; they may well fill whole rows."""
+    model = FAMILIES["flux"].build()
+    kwargs = inputs_of(FAMILIES["flux"], model)
+    rows, columns = torch.meshgrid(*(torch.arange(size) for size in reference), indexing="ij")
+    ids = torch.stack([torch.ones_like(rows), rows, columns], -1).view(-1, 3).to(kwargs["img_ids"].dtype)
+    kwargs["hidden_states"] = torch.cat([kwargs["hidden_states"], kwargs["hidden_states"][:, : len(ids)]], 1)
+    kwargs["img_ids"] = torch.cat([kwargs["img_ids"], ids])
+    with steer.apply(model, make(method, model)), pytest.raises(ValueError, match="known as one row"):
+        output(model, kwargs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_below_min_tokens_the_model_is_untouched(method: str) -> None:
+    """Also at a size that a plan does not have; and no density is claimed."""
+    model = FAMILIES["wan21"].build()
+    sparse = make(method, model, min_tokens=1000)
+    for frames in (FRAMES, FRAMES - 1):
+        kwargs = inputs_of(FAMILIES["wan21"], model)
+        kwargs["hidden_states"] = kwargs["hidden_states"][:, :, :frames]
+        baseline = output(model, kwargs)
+        with steer.apply(model, sparse) as handle:
+            for _ in range(CASES[method].forwards):
+                assert torch.equal(output(model, kwargs), baseline)
+            assert handle.stats["density"] is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_has_run_can_be_asked_after_removal(method: str) -> None:
+    pipe = PIPELINES["wan21"].build()
+    with steer.apply(pipe, make(method, pipe.transformer, steps="1:")) as handle:
+        generate(pipe, PIPELINES["wan21"].call_kwargs(pipe, steps=3))
+        density = handle.stats["density"]
+    assert 0 < density < 1
+    assert handle.stats["density"] == density
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ReTtention"])
+def test_gradients_after_inference_mode(method: str) -> None:
+    """What inference mode made ready serves forwards with gradients as well."""
+    model = FAMILIES["wan21"].build()
+    kwargs = inputs_of(FAMILIES["wan21"], model)
+    gradients = []
+    for before in (False, True):
+        with steer.apply(model, make(method, model)):
+            if before:
+                with torch.inference_mode():
+                    model(**kwargs)
+            latents = kwargs["hidden_states"].clone().requires_grad_()
+            model(**kwargs | {"hidden_states": latents}).sample.square().sum().backward()
+            gradients.append(latents.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("method", ["NeighborhoodAttention", "RadialAttention"])
+def test_a_block_cache_may_be_enabled_before_or_after(method: str) -> None:
+    """diffusers' caches look blocks up by their class, and token order needs classes of its own."""
+    tiny, results = PIPELINES["wan21"], []
+    for first in (True, False):
+        pipe = tiny.build()
+        cache = FirstBlockCacheConfig(threshold=0.2)
+        if first:
+            pipe.transformer.enable_cache(cache)
+        with steer.apply(pipe, make(method, pipe.transformer, steps=":")):
+            if not first:
+                pipe.transformer.enable_cache(cache)
+            results.append(generate(pipe, tiny.call_kwargs(pipe, steps=4)))
+            pipe.transformer.disable_cache()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "settings", [{"block_size": 0}, {"block_size": 2.5}, {"block_size": "64"}, {"dense_layers": -1}]
+)
+def test_counts_are_whole_numbers(method: str, settings: dict[str, Any]) -> None:
+    """A block size that is none would make masks of a size of its own, and fill the memory."""
+    with pytest.raises(ValueError, match=r"must be a whole number, at least [01]"):
+        METHODS[method](**settings)
+
+
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=on_a_gpu) for name in METHODS])
+@pytest.mark.parametrize("name", ["wan21", "hunyuan_video", "cogvideox", "ltx", "mochi"])
+def test_on_cuda_it_equals_the_cpu(method: str, name: str) -> None:
+    """float32 on both; the Triton kernel takes blocks of 16 or more."""
+    model = FAMILIES[name].build()
+    wanted = run(model, name, make(method, model, block_size=16))
+    model.cuda()
+    with steer.apply(model, make(method, model, block_size=16)):
+        for _ in range(CASES[method].forwards):
+            result = output(model, moved(inputs_of(FAMILIES[name], model), torch.device("cuda")))
+    assert relative_error(result.cpu(), wanted) <= 1e-3
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=on_a_gpu) for name in METHODS])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_bf16_on_cuda(method: str, compiled: bool) -> None:
+    """As far from float32 as dense attention in bf16 is, twice over; also compiled by inductor."""
+    model = FAMILIES["wan21"].build().cuda()
+
+    def last() -> Tensor:
+        for _ in range(CASES[method].forwards):
+            kwargs = moved(inputs_of(FAMILIES["wan21"], model), torch.device("cuda"))
+            result = output(model, {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in kwargs.items()})
+        return result.float()
+
+    dense = last()
+    with steer.apply(model, make(method, model, block_size=16)):
+        exact = last()
+    model.to(torch.bfloat16)
+    rounded = last()
+    if compiled:
+        model.compile_repeated_blocks(fullgraph=True)
+    with steer.apply(model, make(method, model, block_size=16)):
+        found = last()
+    assert (found - exact).norm() <= 2 * (rounded - dense).norm()

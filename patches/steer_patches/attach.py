@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.hooks._helpers import TransformerBlockRegistry
 from transformers import PreTrainedModel
 
 import steer_patches.families  # noqa: F401  (registers the family data)
@@ -282,7 +283,15 @@ class Gated:
 
 
 class Announcing:
-    """Mixed into a model whose pipelines announce the CFG branch: tells the clock."""
+    """Mixed into a model whose pipelines announce the CFG branch: tells the clock. Such models have block caches."""
+
+    def enable_cache(self, config: Any) -> None:
+        """diffusers' caches look blocks up by their very class, so they are told of those that steer made of them."""
+        for cls in {type(module) for module in self.modules()}:  # type: ignore[attr-defined]
+            if "_steer_base" in vars(cls):
+                with suppress(ValueError):  # what is no block, or one that caches do not know
+                    TransformerBlockRegistry.register(cls, replace(TransformerBlockRegistry.get(cls._steer_base)))
+        super().enable_cache(config)  # type: ignore[misc]
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Any:

@@ -67,6 +67,7 @@ class NeighborhoodAttention(Sparse):
     scale_factor: float = 1.0
 
     defaults: ClassVar[Mapping[str, Any]] = {"steps": "0.3:", "stride": 1, "dilation": 1}
+    without_preset: ClassVar[str] = "give `window=`"
 
     @classmethod
     def sliding_tile(cls, window: int | Sequence[int], tile: int | Sequence[int], **options: Any) -> Self:
@@ -185,11 +186,6 @@ class NeighborhoodAttention(Sparse):
     def windows_on(self, grid: Axes) -> tuple[Windows, Axes | None]:
         """The windows on one grid, and the tile of the token order; None = raster."""
         assert self.window is not None and self.block_size is not None
-        if grid[:2] == (1, 1) and grid[2] > 1:
-            raise ValueError(
-                f"NeighborhoodAttention needs rows and columns, but the {grid[2]} image tokens are known as one row: "
-                "reference images follow the image, or position ids are missing"
-            )
         tile = None if self.tile is None else _at_most(_per_axis("tile", self.tile), grid)
         if self.shape == "disc":
             windows = Windows(grid, self.block_size, radius=float(self.window))  # type: ignore[arg-type]

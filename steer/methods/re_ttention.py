@@ -101,7 +101,8 @@ class ReTtention(Sparse):
         self._run: weakref.ref[Run] | None = None
         self._grid: tuple[int, int, int] | None = None
         self._first = 0  # step of the run's first refresh
-        self._forwards = 0  # of the run, to count steps where there is no clock
+        self._forwards: Counter[str | None] = Counter()  # of the run, by CFG branch, to count steps without a clock
+        self._counted = (0, 0)  # refreshes and all forwards of the latest run in which the method was on
         self._refresh = False
         self._layout: Any = None  # of the forward under way: every forward makes a new one
         self._passes: Counter[tuple[str, ...]] = Counter()  # of that forward, by the rows that they compute
@@ -172,8 +173,8 @@ class ReTtention(Sparse):
                 _, lse = partial(query, key, value, scale=call.scale)  # half the time: it copies no keys
             else:
                 _, lse = block_sparse_attention(query, key, value, fitted(every, call, valid), **settings)
-            rho = torch.exp(part_lse - lse)
-            rest = _in_order(full, ready) - rho[..., None] * part
+            rho = torch.exp(part_lse - lse).detach()  # constants for the steps that follow, also in training
+            rest = _in_order(full, ready).detach() - rho[..., None] * part.detach()
             memory.now.append(self._put_away(rho, rest.to(full.dtype)))
             return full
         part = block_sparse_attention(query, key, value, mask, scale=call.scale, backend=self.backend)
@@ -191,7 +192,9 @@ class ReTtention(Sparse):
         return None if band is None else band + 2 / self.period
 
     def computed_density(self, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> float | None:
-        return 1.0 if self._refresh else super().computed_density(sites)
+        """The mean over the forwards of the latest run: a refresh counts as the whole map (it is computed twice)."""
+        band, (full, number) = super().computed_density(sites), self._counted
+        return None if band is None or not number else (full + (number - full) * band) / number
 
     def _put_away(self, rho: torch.Tensor, residual: torch.Tensor) -> Kept:
         if self.residual == "int8":
@@ -208,17 +211,20 @@ class ReTtention(Sparse):
             if self._is_new(scope):
                 self._forget()
                 self._run, self._grid = weakref.ref(run, self._forget), scope.layout.grid if scope.layout else None
-                self._first, self._forwards = run.step, 0
+                self._first = run.step
+                self._forwards.clear()
+                self._counted = (0, 0)
             self._layout = scope.layout
             self._passes.clear()
-            self._forwards += 1
-        self._kind = (scope.rows, run.calls, self._passes[scope.rows])
+            self._forwards[run.branch] += 1
+            self._counted = (self._counted[0] + self._refresh, self._counted[1] + 1)
+        self._kind = (scope.rows, run.branch, run.calls, self._passes[scope.rows])
         self._passes[scope.rows] += 1
 
     def _is_due(self, scope: Scope) -> bool:
         """Whether the forward that begins refreshes; the same for all calls of a step."""
         assert self.period is not None
-        step = self._forwards if scope.run.num_steps is None else scope.run.step
+        step = self._forwards[scope.run.branch] if scope.run.num_steps is None else scope.run.step
         return self._is_new(scope) or (step - self._first) % self.period == 0
 
     def _is_new(self, scope: Scope) -> bool:

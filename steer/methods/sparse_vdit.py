@@ -50,6 +50,7 @@ class SparseVDiT(Sparse):
 
     needs_video: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"steps": ":", "density": 0.25}
+    without_preset: ClassVar[str] = "`steer.calibrate`"
 
     def __post_init__(self) -> None:
         super().__post_init__()

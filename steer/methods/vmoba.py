@@ -137,9 +137,7 @@ class VMoBA(Sparse):
         shared = self.once(kind, tokens, lambda: Prepared(tokens, extra=chunked(tokens, tile, kind, block)))
 
         def of_site() -> Prepared:
-            with torch.inference_mode(False):  # or it could not be written to outside inference mode
-                kept = torch.zeros((), device=tokens.device)
-            chunks = replace(shared.extra, kept=kept)
+            chunks = replace(shared.extra, kept=torch.zeros((), device=tokens.device))
             for table in (*vars(chunks).values(), chunks.rule.query, chunks.rule.key):
                 if isinstance(table, torch.Tensor):
                     torch._dynamo.mark_static(table)  # a graph for each kind, in place of one with unknown shapes
@@ -180,7 +178,7 @@ class VMoBA(Sparse):
         return picked.index_select(-1, slots).unflatten(-1, (-1, chunks.block)).any(-1)
 
     def expected_density(self, tokens: Tokens, site: Site) -> float | None:
-        """k of C chunks, with what fills up the blocks; None with a threshold or the union, which depend on the data."""
+        """k of C chunks, with what fills up the blocks; None with a threshold or the union, where the data decide."""
         if self.threshold is not None or self.router == "union":
             return None
         chunks: Chunks = self.make(tokens, site).extra

@@ -385,6 +385,6 @@ def test_discs_cannot_hide_padded_text() -> None:
 def test_an_image_of_one_row_is_refused() -> None:
     """What FLUX says of a sequence whose reference images are of another width."""
     model, kwargs, _ = exact_model("flux", (1, 1, 24))
-    says = "24 image tokens are known as one row"
+    says = "24 visual tokens are known as one row"
     with steer.apply(model, NeighborhoodAttention(window=(3, 3))), pytest.raises(ValueError, match=says):
         output(model, kwargs)

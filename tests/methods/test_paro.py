@@ -535,3 +535,19 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 def test_bad_density() -> None:
     with pytest.raises(ValueError, match=r"density=1\.5"):
         PAROAttention(density=1.5)
+
+
+def test_the_raster_criterion_keeps_the_order_of_the_model() -> None:
+    """The control of the reordering: the same search for blocks, in THW alone."""
+    model = FAMILIES["wan21"].build()
+    kwargs = FAMILIES["wan21"].inputs(model)
+    plain, chosen = (
+        steer.calibrate(
+            model, steer.PAROAttention(density=0.4, block_size=8), [kwargs], progress=False, criterion=criterion
+        ).plan
+        for criterion in ("raster", "error")
+    )
+    assert not plain.tensors["permutation"].any() and chosen.tensors["permutation"].any()
+    raster, best = (plan.report["figures"]["error"] for plan in (plain, chosen))
+    assert raster["raster"] == raster["chosen"] == pytest.approx(best["raster"], rel=1e-6)
+    assert best["chosen"] < best["raster"]

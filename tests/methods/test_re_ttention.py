@@ -229,7 +229,9 @@ def test_unchanged_inputs_give_the_full_output_again(name: str) -> None:
     assert torch.equal(results[0], baseline) and torch.equal(results[3], baseline)
     assert relative_error(results[1], baseline) <= TOLERANCE >= relative_error(results[2], baseline)
     assert not torch.equal(results[1], baseline)
-    assert densities[0] == densities[3] == 1 > densities[1] == densities[2] > 0
+    band = 2 * densities[1] - 1  # the mean over the forwards so far, of which the first and the fourth are full
+    assert densities[0] == 1 and 0 < band < 1
+    assert densities[2:] == [pytest.approx((1 + 2 * band) / 3), pytest.approx((2 + 2 * band) / 4)]
 
 
 @pytest.mark.parametrize("name", ["wan21", "hunyuan_video", "pixart"])
@@ -263,16 +265,17 @@ def test_rho_is_the_ratio_of_the_denominators(name: str, backend: str | None) ->
     with steer.apply(model, record, ReTtention(backend=backend, **THIN)) as handle:
         output(model, inputs_of(family, model))
         ready = {site.name: site.kernel for site in handle.sites if site.kernel is not None}
+        memories = {site: list(prepared.extra[1].now) for site, prepared in ready.items()}  # freed on removal
     assert ready
     for site, prepared in ready.items():
-        call, (_, memory) = record.calls[site], prepared.extra
+        call = record.calls[site]
         text_first = name == "cogvideox"
         mask = published_mask(VIDEO, 0.2, prepared.tokens.text, text_first)
         exact = (x.double() for x in (call.query, call.key))
         _, weights = softmax_map(*exact, call.mask, scale=call.scale)
         wanted = (weights * mask).sum(-1)
         assert 0 < wanted.min() < 0.2
-        (kept,) = memory.now
+        (kept,) = memories[site]
         assert kept.rho.dtype == torch.float32
         assert (prepared.order.undo(kept.rho, 2) - wanted).abs().max() <= 1e-6
 
@@ -324,7 +327,9 @@ def test_presets_refresh_at_the_published_steps(name: str, steps: int, refreshed
         generate(pipe, tiny.call_kwargs(pipe, steps=steps))
         hook.remove()
     assert list(seen) == list(range(refreshed[0], steps))
-    assert [step for step, density in seen.items() if density == 1] == refreshed
+    total = {step: density * (step - refreshed[0] + 1) for step, density in seen.items()}
+    added = {step: total[step] - total.get(step - 1, 0.0) for step in seen}
+    assert [step for step, density in added.items() if density > 0.99] == refreshed
 
 
 @pytest.mark.parametrize("name", ["wan21", "cogvideox"])
@@ -447,3 +452,32 @@ def test_the_expected_density_counts_the_refresh_steps() -> None:
     band = 0.078  # at 128-token blocks, text included
     assert found.density == pytest.approx(band + 2 / 5, abs=2e-3)
     assert found.sparse_steps == 35
+
+
+def test_bare_models_keep_cfg_branches_apart() -> None:
+    """The pipeline announces its branches to the model itself; so far as it does, a clock is not needed."""
+    pipe = PIPELINES["wan21"].build()
+    settings = {"steps": ":", "dense_layers": 0, "block_size": 8, "keep": 0.2, "period": 3}
+    results = []
+    for target in (pipe, pipe.transformer):
+        with steer.apply(target, ReTtention(**settings)):
+            results.append(generate(pipe, PIPELINES["wan21"].call_kwargs(pipe, steps=4)))
+    assert torch.equal(*results)
+
+
+def test_training_steps_do_not_reach_back() -> None:
+    """What earlier forwards kept is a constant."""
+    model = FAMILIES["wan21"].build().requires_grad_()
+    with steer.apply(model, ReTtention(block_size=8, keep=0.2, period=3)) as handle:
+        for _ in range(4):
+            model(**inputs_of(FAMILIES["wan21"], model)).sample.square().mean().backward()
+        memories = handle.bindings[0].method._memories.values()
+        assert not any(kept.residual.requires_grad for memory in memories for kept in memory.now)
+
+
+def test_removal_frees_what_a_bare_model_keeps() -> None:
+    model = FAMILIES["wan21"].build()
+    with steer.apply(model, ReTtention(block_size=8, keep=0.2)) as handle:
+        output(model, inputs_of(FAMILIES["wan21"], model))
+        assert handle.bindings[0].method._memories
+    assert not handle.bindings[0].method._memories

@@ -13,8 +13,12 @@ def grid(model: torch.nn.Module, arguments: Mapping[str, Any]) -> Grid:
     tokens, ids = arguments["hidden_states"].shape[1], arguments.get("img_ids")
     if ids is None or torch.compiler.is_compiling():
         return 1, 1, tokens
-    width = _width(ids[0] if ids.ndim == 3 else ids)
-    return (1, tokens // width, width) if tokens % width == 0 else (1, 1, tokens)
+    ids = ids[0] if ids.ndim == 3 else ids
+    width = _width(ids)
+    place = torch.arange(tokens, device=ids.device)
+    raster = torch.stack([torch.zeros_like(place), place // width, place % width], 1).to(ids.dtype)
+    one = tokens % width == 0 and torch.equal(ids, ids[0] + raster)  # references may well fill whole rows
+    return (1, tokens // width, width) if one else (1, 1, tokens)
 
 
 def _width(ids: torch.Tensor) -> int:

@@ -42,7 +42,6 @@ PRESETS = {
     "PAG": Preset({"layers": "transformer_blocks.10"}, UNTUNED),
     "SEG": Preset({"layers": "transformer_blocks.10"}, UNTUNED),
     "SLG": Preset({"layers": "transformer_blocks.10"}, UNTUNED),
-    "RadialAttention": RADIAL,
 }
 
 HUNYUAN_VIDEO = register(
@@ -54,7 +53,7 @@ HUNYUAN_VIDEO = register(
         grid=patched(),
         video=True,
         cfg="sequential",
-        presets=PRESETS | {"NeighborhoodAttention": NEIGHBORHOOD},
+        presets=PRESETS | {"RadialAttention": RADIAL, "NeighborhoodAttention": NEIGHBORHOOD},
     )
 )
 
