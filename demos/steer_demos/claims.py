@@ -178,7 +178,7 @@ CLAIMS: tuple[Claim, ...] = (
         ),
         Setting(
             small_hunyuan(),
-            fixed(steer.NeighborhoodAttention(window=(18, 8, 8), stride=(16, 4, 8), steps=":", dense_layers=0)),
+            fixed(steer.NeighborhoodAttention(window=(18, 8, 8), stride=(16, 8, 8), steps=":", dense_layers=0)),
             SMALL_HUNYUAN,
             run_steps=6,
         ),
@@ -255,7 +255,10 @@ CLAIMS: tuple[Claim, ...] = (
         "Wan2.1-1.3B, 81 frames of 720x1280, k = 2, 10, 9, a quarter of the steps dense",
         Setting(sized("wan2.1-1.3b", 720, 1280, 81), fixed(steer.VMoBA(k=(2, 10, 9), dense_layers=0))),
         Setting(
-            sized("wan2.1-1.3b", 240, 416, 81, **SMALL_TEXT), fixed(steer.VMoBA(dense_layers=0)), SMALL_WAN, run_steps=8
+            sized("wan2.1-1.3b", 240, 416, 81, **SMALL_TEXT),
+            fixed(steer.VMoBA(dense_layers=0, block_size=64)),
+            SMALL_WAN,
+            run_steps=8,
         ),
         1.35,
         None,

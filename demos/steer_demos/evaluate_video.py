@@ -255,8 +255,15 @@ def contact_sheet(clips: Tensor, prompts: Sequence[ClipPrompt], verdict: ClipVer
             pixels = ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(0, -1).numpy()
             sheet.paste(Image.fromarray(pixels), place)
         frames.append(sheet)
-    # One palette for all frames, undithered: otherwise plain backgrounds flicker, and the file doubles. The octree
-    # keeps the colours of small things, which the median cut would give to the white of the sheet.
+    save_animation(frames, path)
+
+
+def save_animation(frames: Sequence[Image.Image], path: Path) -> None:
+    """Write frames as a GIF that repeats.
+
+    One palette for all frames, undithered: otherwise plain backgrounds flicker, and the file doubles. The octree keeps
+    the colours of small things, which the median cut would give to the white of the sheet.
+    """
     palette = frames[len(frames) // 2].quantize(256, Image.Quantize.FASTOCTREE)
     indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)

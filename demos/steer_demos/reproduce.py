@@ -13,7 +13,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,11 +58,11 @@ class Reproduction:
         scale: "full" = the published setting, "cpu" = a small one.
         grid: (frames, height, width) of the visual tokens.
         tokens, heads, width: of a call of attention.
-        density: blocks computed in a sparse call, as a fraction of all.
+        density: share of the attention map computed in the steps in which the method is on, the mean over them.
         error: relative error of the kernel's output on sampled queries, against fp64 attention under the same mask.
         plain_error: that of plain attention in the model's precision, the yardstick.
         dense_backend: the fastest dense attention.
-        dense_attention, sparse_attention: one call.
+        dense_attention, sparse_attention: one call inside the run, with routing and permutations; the mean over layers.
         dense_step, sparse_step: one denoising step, all of its forwards.
         attention_share: of the dense step, at the method's sites.
         bound: Amdahl's bound on the run's speed-up, from the density, the measured share and the schedule.
@@ -124,23 +124,30 @@ class Reproduction:
 
 
 @dataclass(kw_only=True)
-class Unmasked(Method, register=False):
-    """Drops the masks, which hide nothing here, so that dense attention may use its fastest kernels. Keeps a call."""
+class Watch(Method, register=False):
+    """Times the attention calls, the method's included; drops masks, which hide nothing here, so that dense attention
+    may use its fastest kernels.
+    """
 
     layers: Any = "*"
+    kinds: ClassVar[tuple[str, ...]] = Sparse.kinds
     stage: ClassVar[str] = "inputs"
     any_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.seen: dict[str, Call] = {}
-        self.keep: str | None = None
+        self.call: Call | None = None
+        self.seconds: list[float] = []
 
     def attend(self, call: Call, next: Next) -> Tensor:
         call = call.replace(mask=None)
-        if call.site.name == self.keep:
-            self.seen[self.keep] = call
-        return next(call)
+        self.call = call
+        synchronize(call.query.device)
+        began = time.perf_counter()
+        out = next(call)
+        synchronize(call.query.device)
+        self.seconds.append(time.perf_counter() - began)
+        return out
 
 
 class SparseCall(TorchDispatchMode):
@@ -250,11 +257,6 @@ def dense_backend(name: str, device: torch.device) -> Iterator[None]:
             yield
 
 
-def batched_guidance(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline puts both branches of classifier-free guidance into one forward."""
-    return type(pipe).__name__ == "CogVideoXPipeline"
-
-
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -288,17 +290,14 @@ def fastest_dense(call: Call, device: torch.device) -> str:
     return min(times, key=lambda name: times[name])
 
 
-def attention_times(
-    call: Call, method: Sparse, backend: str, device: torch.device, repeats: int | None = None
-) -> tuple[float, float]:
-    """Median seconds of the call's attention, dense and with the method, which take turns."""
-    repeats = repeats or (3 if device.type == "cpu" else 20)
-    times: dict[str, list[float]] = {"dense": [], "sparse": []}
-    for _ in range(repeats):
-        with dense_backend(backend, device):
-            times["dense"].append(seconds(lambda: dense(call), device))
-            times["sparse"].append(seconds(lambda: method.attend(call, dense), device))
-    return statistics.median(times["dense"]), statistics.median(times["sparse"])
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a run: of each step, of all attention calls of each step, of one call in each step, of everything."""
+
+    steps: list[float]
+    attention: list[float]
+    calls: list[float]
+    whole: float
 
 
 def reproduce(
@@ -314,14 +313,15 @@ def reproduce(
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = setting.shape
-    with tqdm(total=5, desc=f"{claim.paper}: building", leave=False) as bar, torch.no_grad():
+    with tqdm(total=4, desc=f"{claim.paper}: building", leave=False) as bar, torch.no_grad():
         model, method = setting.build(device, dtype)
         pipe = pipeline_around(model)
         pipe.set_progress_bar_config(leave=False)
         inputs = shape.inputs(device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
 
-        def run(number: int) -> tuple[list[float], float]:
-            """Seconds of each step, and of the whole run."""
+        watch = Watch()
+
+        def run(number: int) -> Timed:
             ends: list[float] = []
 
             def finished(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -329,53 +329,48 @@ def reproduce(
                 ends.append(time.perf_counter())
                 return values
 
+            watch.seconds.clear()
             synchronize(device)
             began = time.perf_counter()
             pipe(**call_arguments(shape, inputs, number), callback_on_step_end=finished)
-            return [end - start for start, end in zip([began, *ends], ends, strict=False)], ends[-1] - began
+            steps = [end - start for start, end in zip([began, *ends], ends, strict=False)]
+            calls = torch.tensor(watch.seconds, dtype=torch.float64).view(number, -1)
+            return Timed(steps, calls.sum(1).tolist(), calls.mean(1).tolist(), ends[-1] - began)
 
-        probe = Unmasked()
-        with steer.apply(pipe, probe):
+        with steer.apply(pipe, watch):
             bar.set_description(f"{claim.paper}: one step of each, to warm up")
-            probe.keep = next(s.name for s in steer.sites(pipe) if s.kind in ("self", "joint"))
             run(1)
-            call = probe.seen[probe.keep]
-            backend = fastest_dense(call, device)
+            assert watch.call is not None
+            call, backend = watch.call, fastest_dense(watch.call, device)
             bar.update()
-            with steer.apply(pipe, replace(method, steps=":")) as handle, SparseCall() as sparse_call:
-                probe.keep = next(iter(handle.bindings[0].live))
+            with steer.apply(pipe, replace(method, steps=":")), SparseCall() as sparse_call:
                 run(1)
-                density = handle.stats["methods"][0]["density"]
-                error, plain_error = sparse_call.errors()
-                call, bound_method = probe.seen[probe.keep], handle.bindings[0].method
-                sites = len(handle.bindings[0].live)
-            bar.update()
-            bar.set_description(f"{claim.paper}: attention alone")
-            dense_attention, sparse_attention = attention_times(call, bound_method, backend, device)
-            probe.keep, probe.seen = None, {}
+            error, plain_error = sparse_call.errors()
             bar.update()
             number = setting.run_steps or steps or TIMED_STEPS
             bar.set_description(f"{claim.paper}: {number} dense steps")
             with dense_backend(backend, device):
-                dense_steps, dense_run = run(number)
+                dense_run = run(number)
             bar.update()
             bar.set_description(f"{claim.paper}: the same with {type(method).__name__}")
             scheduled = method if setting.run_steps else replace(method, steps=":")
             with dense_backend(backend, device), steer.apply(pipe, scheduled) as handle:
-                sparse_steps, sparse_run = run(number)
-                resolved = handle.bindings[0].method
+                sparse_run = run(number)
+                density, on = handle.stats["methods"][0]["density"], len(handle.bindings[0].live)
+                begins = starts_at(handle.bindings[0].method.steps, number)
             bar.update()
     whole = number if setting.run_steps else shape.steps
     with steer.apply(pipe, method) as handle:
         first = starts_at(handle.bindings[0].method.steps, whole)
-    dense_step = statistics.median(dense_steps[1:] or dense_steps)
-    sparse_step = statistics.mean(sparse_steps[max(1, starts_at(resolved.steps, number)) :] or sparse_steps)
-    if not setting.run_steps:
-        dense_run = whole * dense_step
-        sparse_run = first * dense_step + (whole - first) * sparse_step
-    forwards = 1 if batched_guidance(pipe) else shape.passes
-    attention_share = min(1.0, sites * forwards * dense_attention / dense_step)
+    sites = sum(site.kind in Sparse.kinds for site in steer.sites(pipe))
+    later = slice(1, None) if number > 1 else slice(None)  # the first step of a run also prepares it
+    sparse_steps = slice(max(later.start or 0, begins), None)
+    dense_step, sparse_step = statistics.median(dense_run.steps[later]), statistics.mean(sparse_run.steps[sparse_steps])
+    attention_share = statistics.median(dense_run.attention[later]) / dense_step * on / sites
     step_bound = 1 / (1 - attention_share + attention_share * density)
+    seconds = dense_run.whole, sparse_run.whole
+    if not setting.run_steps:
+        seconds = whole * dense_step, first * dense_step + (whole - first) * sparse_step
     return Reproduction(
         paper=claim.paper,
         title=claim.title,
@@ -392,16 +387,16 @@ def reproduce(
         error=error,
         plain_error=plain_error,
         dense_backend=backend,
-        dense_attention=dense_attention,
-        sparse_attention=sparse_attention,
+        dense_attention=statistics.median(dense_run.calls[later]),
+        sparse_attention=statistics.mean(sparse_run.calls[sparse_steps]),
         dense_step=dense_step,
         sparse_step=sparse_step,
         attention_share=attention_share,
         bound=whole / (first + (whole - first) / step_bound),
         steps=whole,
         sparse_steps=whole - first,
-        dense_run=dense_run,
-        sparse_run=sparse_run,
+        dense_run=seconds[0],
+        sparse_run=seconds[1],
         run_was_made=setting.run_steps is not None,
     )
 
@@ -429,6 +424,26 @@ def print_table(results: list[Reproduction], console: Console) -> None:
     console.print(table)
     for r in results:
         console.print(f"{r.paper} ({r.title}; {r.source}): {r.reason()}", highlight=False)
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """The written figures as the table of docs/benchmarks.md."""
+    lines = [
+        "| paper | tokens | density | error (plain) | attention | step | run | bound | published |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in report["results"]:
+        claimed = (("", r["published"]), ("attention ", r["published_attention"]))
+        published = ", ".join(f"{what}{figure:.2f}x" for what, figure in claimed if figure is not None)
+        run = f"{r['dense_run']:.1f} -> {r['sparse_run']:.1f} s, **{r['run_speedup']:.2f}x**"
+        lines.append(
+            f"| {r['paper']} | {r['tokens']:,} | {r['density']:.3f} | {r['error']:.1e} ({r['plain_error']:.1e}) "
+            f"| {1e3 * r['dense_attention']:.0f} -> {1e3 * r['sparse_attention']:.0f} ms, "
+            f"{r['attention_speedup']:.2f}x "
+            f"| {r['dense_step']:.2f} -> {r['sparse_step']:.2f} s, {r['step_speedup']:.2f}x "
+            f"| {run}{'' if r['run_was_made'] else ', from its steps'} | {r['bound']:.2f}x | {published} |"
+        )
+    return "\n".join(lines)
 
 
 def reproduce_command(

@@ -14,7 +14,7 @@ from tiny import FAMILIES, output
 import steer
 from steer.sparse import Sparse
 from steer_demos import evaluate_sparse, models
-from steer_demos.evaluate_sparse import evaluate_command, measure, methods_at_40_percent, psnr, ssim
+from steer_demos.evaluate_sparse import as_markdown, evaluate_command, measure, methods_at_40_percent, psnr, ssim
 from steer_demos.evaluate_video import evaluation_prompts, generate_clips
 from steer_demos.sparse_controls import BestBlocks, RandomBlocks
 
@@ -82,7 +82,8 @@ def test_controls_are_dense_at_full_density(control: type[Sparse]) -> None:
 
 def test_all_sparse_methods_are_compared() -> None:
     sparse = {name for name, cls in steer.methods().items() if issubclass(cls, Sparse)}
-    assert set(methods_at_40_percent()) == sparse | {"random blocks", "best blocks"}
+    named = {name.split(",")[0] for name in methods_at_40_percent()}
+    assert named == sparse | {"random blocks", "best blocks"}
 
 
 @pytest.mark.parametrize("name", ["RadialAttention", "NeighborhoodAttention", "ReTtention", "VMoBA", "random blocks"])
@@ -90,7 +91,12 @@ def test_the_settings_have_about_the_same_density(name: str) -> None:
     pipe = models.load_pipeline("emoji-wan", clips=True)
     pipe.set_progress_bar_config(disable=True)
     with steer.apply(pipe, methods_at_40_percent()[name]) as handle:
-        pipe("a fox moving left", num_inference_steps=3, output_type="latent", **models.call_options("emoji-wan"))
+        pipe(
+            "a fox moving left",
+            num_inference_steps=20 if name == "ReTtention" else 3,
+            output_type="latent",
+            **models.call_options("emoji-wan"),
+        )
         density = handle.stats["methods"][0]["density"]
     assert density == pytest.approx(0.395, abs=0.02)
 
@@ -103,5 +109,21 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert row["density"] == pytest.approx(0.4, abs=0.02) and 10 < row["psnr"] < 100 and 0 < row["ssim"] <= 1
     assert (tmp_path / "s.gif").stat().st_size > 1000
     assert "PAROAttention" in capsys.readouterr().out
+    evaluate_command(prompts=2, steps=2, only="radial", output=tmp_path / "s.json")
+    both = json.loads((tmp_path / "s.json").read_text())["methods"]
+    assert [name.split(",")[0] for name in both] == ["RadialAttention", *["PAROAttention"] * 3]
+    assert both["PAROAttention"] == row
+    evaluate_command(prompts=3, steps=2, only="radial", output=tmp_path / "s.json")  # other settings: no row stays
+    assert list(json.loads((tmp_path / "s.json").read_text())["methods"]) == ["RadialAttention"]
     with pytest.raises(ValueError, match="matches none of RadialAttention"):
         evaluate_command(only="flash")
+
+
+def test_the_documented_figures_are_the_measured_ones() -> None:
+    root = Path(__file__).resolve().parents[2]
+    report = json.loads((root / "benchmarks/sparse-emoji-wan.json").read_text())
+    page = (root / "docs/methods/sparse.md").read_text()
+    table = page.split("<!-- sparse-emoji-wan:begin -->")[1].split("<!-- sparse-emoji-wan:end -->")[0].strip()
+    assert table == as_markdown(report)
+    assert report["prompts"] == evaluate_sparse.PROMPTS
+    assert set(report["methods"]) == set(methods_at_40_percent())

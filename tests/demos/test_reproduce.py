@@ -16,7 +16,7 @@ from steer.cli import app
 from steer.sparse import Sparse
 from steer_demos import reproduce as module
 from steer_demos.claims import CLAIMS, PAPERS, SMALL_HUNYUAN, Claim, Setting, fixed, small_hunyuan
-from steer_demos.reproduce import SparseCall, print_table, reproduce, reproduce_command
+from steer_demos.reproduce import SparseCall, as_markdown, print_table, reproduce, reproduce_command
 
 TOKENS = {  # of the published settings, with their text
     "radial": [115_200 + 256, 18 * 48 * 80],
@@ -48,11 +48,10 @@ def test_the_published_settings_have_the_published_tokens(paper: str) -> None:
         assert grid[0] * grid[1] * grid[2] + text == tokens
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.title)
 def test_the_published_settings_apply_to_the_published_models(claim: Claim) -> None:
     model, method = claim.full.build("meta", torch.bfloat16)
-    with steer.apply(model, method) as handle:
+    with steer.apply(model, dataclasses.replace(method, steps=":")) as handle:
         assert len(handle.sites) == len(handle.bindings[0].sites) > 10
 
 
@@ -142,3 +141,19 @@ def test_the_command_is_there() -> None:
 
     assert "sparse" in CliRunner().invoke(evaluate_app, ["--help"]).output
     assert app is not None and print_table is not None
+
+
+def test_the_documented_figures_are_the_measured_ones() -> None:
+    root = Path(__file__).resolve().parents[2]
+    report = json.loads((root / "benchmarks/reproduce-cpu.json").read_text())
+    page = (root / "docs/benchmarks.md").read_text()
+    assert as_markdown(report) in page
+    assert [row["paper"] for row in report["results"]] == list(PAPERS)
+    radial = report["results"][0]
+    assert radial["run_was_made"] and radial["run_speedup"] > 1.5
+    assert all(row["error"] <= 4 * row["plain_error"] for row in report["results"])
+    readme = (root / "README.md").read_text()
+    figures = (
+        f"{radial['run_speedup']:.2f}x faster (density {radial['density']:.3f}, relative error {radial['error']:.0e})"
+    )
+    assert figures in " ".join(readme.split())
