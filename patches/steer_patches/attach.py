@@ -219,11 +219,11 @@ class Attachment:
     def _can_reorder(self, arguments: Mapping[str, Any]) -> bool:
         """Not where the sequence is split between devices, where a cache keeps tokens, or blocks run a second time."""
         inner: Any = self.inner
-        split = self.parallel is not None
+        if self.reordering.refusal or self.reordering.refuses(arguments):
+            return False
         cached = getattr(inner, "is_cache_enabled", False)
         again = torch.is_grad_enabled() and getattr(inner, "is_gradient_checkpointing", False)
-        reordering = self.reordering
-        return not (split or cached or again or reordering.refusal or reordering.refuses(arguments))
+        return not (self.parallel is not None or cached or again)
 
     @property
     def parallel(self) -> Any:
