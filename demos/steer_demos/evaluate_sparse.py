@@ -144,7 +144,7 @@ def measure(
     return found, clips
 
 
-def side_by_side(columns: Mapping[str, Tensor], prompts: Sequence[ClipPrompt], path: Path, cell: int = 96) -> None:
+def side_by_side(columns: Mapping[str, Tensor], prompts: Sequence[ClipPrompt], path: Path, cell: int = 68) -> None:
     """Write clips as one GIF: a row for each method with its name, a column for each prompt."""
     label, head = 130, 30
     font = ImageFont.load_default(11)
