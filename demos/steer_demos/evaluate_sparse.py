@@ -147,13 +147,13 @@ def measure(
 def side_by_side(columns: Mapping[str, Tensor], prompts: Sequence[ClipPrompt], path: Path, cell: int = 68) -> None:
     """Write clips as one GIF: a row for each method with its name, a column for each prompt."""
     label, head = 130, 30
-    font = ImageFont.load_default(11)
+    font, small = ImageFont.load_default(11), ImageFont.load_default(9)
     blank = Image.new("RGB", (label + len(prompts) * cell, head + len(columns) * cell), "white")
     draw = ImageDraw.Draw(blank)
     for column, prompt in enumerate(prompts):
         left = label + column * cell
-        draw.text((left + 2, 2), prompt.subject, "black", font)
-        draw.text((left + 2, 14), prompt.motion or "animated", "black", font)
+        draw.text((left + 2, 4), prompt.subject, "black", small)
+        draw.text((left + 2, 16), prompt.motion or "animated", "black", small)
     for row, name in enumerate(columns):
         draw.text((4, head + row * cell + cell // 2 - 6), name, "black", font)
     frames = []
