@@ -223,7 +223,7 @@ class Sparse(Method, register=False):
             raise RuntimeError(
                 f"{type(self).__name__} has no mask ready at {call.site.name} inside a compiled graph: compile in "
                 "place with model.compile() or model.compile_repeated_blocks(), or call torch.compile first, then "
-                "steer.apply"
+                "steer.apply. Where each row has a text length of its own (Mochi), run the model uncompiled"
             )
         call.site.kernel = self._from_call(call)
         return call.site.kernel

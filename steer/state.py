@@ -514,20 +514,19 @@ class Handle:
         return {
             "runs": self.state.runs,
             "forwards": self.state.forwards,
-            "density": self._density({row["model"]: row["density"] for row in rows if row["density"] is not None}),
+            "density": self._density([row["density"] for row in rows]),
             "methods": rows,
         }
 
-    def _density(self, of_model: Mapping[str, float]) -> float | None:
-        """Share of the query-key pairs computed in all forwards so far, in the layers that could be sparse."""
-        if not of_model or not self.state.forwards:
+    def _density(self, densities: Sequence[float | None]) -> float | None:
+        """Share of the query-key pairs computed in all forwards so far, in the layers that could be sparse.
+
+        `densities`: of each binding, None where it computes everything.
+        """
+        sparse = [(b, d) for b, d in zip(self.bindings, densities, strict=True) if d is not None]
+        if not sparse or not self.state.forwards:
             return None
-        left_out = 0.0
-        for binding in self.bindings:
-            if binding.model in of_model and binding.live:
-                part = binding.active / self.state.forwards * len(binding.live) / binding.able
-                left_out += part * (1 - of_model[binding.model])
-        return 1 - left_out
+        return 1 - sum(b.active / self.state.forwards * len(b.live) / b.able * (1 - d) for b, d in sparse)
 
     def summary(self) -> str:
         """What is active where, in a few lines of text."""

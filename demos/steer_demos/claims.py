@@ -208,8 +208,8 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "sparse-vdit",
         "CogVideoX1.5-5B, 81 frames of 768x1360, modes at random with the published FLOPs, no step dense",
-        Setting(sized("cogvideox1.5-5b", 768, 1360, 81), random_modes(0.35)),
-        Setting(sized("cogvideox-2b", 256, 384, 77, **SMALL_TEXT), random_modes(0.35), SMALL_COGVIDEOX, run_steps=6),
+        Setting(sized("cogvideox1.5-5b", 768, 1360, 81), random_modes(0.255)),
+        Setting(sized("cogvideox-2b", 256, 384, 77, **SMALL_TEXT), random_modes(0.255), SMALL_COGVIDEOX, run_steps=6),
         1.76,
         None,
         "A800",

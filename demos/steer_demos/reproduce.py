@@ -368,9 +368,9 @@ def reproduce(
     dense_step, sparse_step = statistics.median(dense_run.steps[later]), statistics.mean(sparse_run.steps[sparse_steps])
     attention_share = statistics.median(dense_run.attention[later]) / dense_step * on / sites
     step_bound = 1 / (1 - attention_share + attention_share * density)
-    seconds = dense_run.whole, sparse_run.whole
+    run_seconds = dense_run.whole, sparse_run.whole
     if not setting.run_steps:
-        seconds = whole * dense_step, first * dense_step + (whole - first) * sparse_step
+        run_seconds = whole * dense_step, first * dense_step + (whole - first) * sparse_step
     return Reproduction(
         paper=claim.paper,
         title=claim.title,
@@ -395,8 +395,8 @@ def reproduce(
         bound=whole / (first + (whole - first) / step_bound),
         steps=whole,
         sparse_steps=whole - first,
-        dense_run=seconds[0],
-        sparse_run=seconds[1],
+        dense_run=run_seconds[0],
+        sparse_run=run_seconds[1],
         run_was_made=setting.run_steps is not None,
     )
 

@@ -55,6 +55,12 @@ def test_the_published_settings_apply_to_the_published_models(claim: Claim) -> N
         assert len(handle.sites) == len(handle.bindings[0].sites) > 10
 
 
+def test_the_random_modes_of_sparse_vdit_have_the_published_flops() -> None:
+    (claim,) = [claim for claim in CLAIMS if claim.paper == "sparse-vdit"]
+    found = steer.simulate(claim.full.shape, method_of(claim.full))
+    assert found.run_flops / found.dense_run_flops == pytest.approx(70.69 / 147.87, abs=0.01)
+
+
 def tiny(claim: Claim) -> Setting:
     """The small setting of a claim, still smaller: a step takes a fraction of a second."""
     shape = claim.cpu.shape
