@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -84,7 +82,7 @@ def calibrate(
             which, index = divmod(number, len(samples))
             if index == 0:
                 search.start_pass(which)
-            _run(target, samples[index], seed + index)
+            search.run(target, samples[index], seed + index)
             if saved:
                 saved.save(search, number + 1)
             bar.set_postfix_str(search.figure(), refresh=False)
@@ -181,17 +179,6 @@ def _samples(target: Any, data: Iterable[str | Mapping[str, Any]]) -> list[Mappi
     if not samples:
         raise ValueError("data is empty; give at least one sample")
     return samples
-
-
-def _run(target: Any, sample: Mapping[str, Any], seed: int) -> None:
-    if not isinstance(target, DiffusionPipeline):
-        with torch.no_grad():
-            target(**copy.deepcopy(dict(sample)))  # some forwards change what they are given
-        return
-    arguments = {"generator": torch.Generator().manual_seed(seed), **sample}
-    if "output_type" in inspect.signature(type(target).__call__).parameters:
-        arguments = {"output_type": "latent", **arguments}  # nobody looks at the pictures
-    target(**arguments)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from steer_patches.site import KINDS, ROLES, Call, Next, Scope, Site
 
 if TYPE_CHECKING:
     from steer.plan import Search
+    from steer_patches.generation import Text
 
 STAGES = ("inputs", "scores", "output", "kernel")  # from the outermost wrapper to the innermost
 
@@ -30,7 +31,8 @@ class Method:
         layers: glob or globs over site names or their dotted prefixes ("transformer_blocks.{8..14}", "mid_block");
             None = the preset of the model's family.
         heads: query heads to edit at every selected site, or a mapping from layer glob to heads; None = all.
-        steps: ":" or None = all, "0.2:0.9" = fractions of the run, "3:10" or a range = step indices.
+        steps: ":" or None = all, "0.2:0.9" = fractions of the run, "3:10" or a range = step indices. In language models
+            step 0 is the prompt and every further forward one step: "0:1" = the prompt only, "1:" = what is generated.
         rows: only the batch rows of this role ("cond", "uncond", ...); None = all.
         min_tokens: the method stays out of attention calls with fewer queries than this.
     """
@@ -74,8 +76,24 @@ class Method:
         """The method as it runs on one model: a copy with what it takes from the family, and with its own state."""
         return self
 
+    def prepare_model(self, model: torch.nn.Module, sites: Sequence[Site]) -> None:
+        """Called with the selected sites before anything changes: refuse what cannot work, keep what is needed.
+
+        What is kept belongs to one model, so `resolved` must have returned a copy then.
+        """
+
     def before_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
         """Called before every pass in which the method is on, outside of compiled regions; `sites` with head masks."""
+
+    def prepare_cache(self, cache: Any, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
+        """Called before every forward of a language model with its transformers `Cache`, before `before_forward`.
+
+        A method may put cache layers of its own into `cache.layers` while the cache is empty.
+        """
+
+    def positions(self, text: Text) -> torch.Tensor | None:
+        """Other position ids, (B or 1, new), for the tokens of a language model's forward; None = as they are."""
+        return None
 
     def entry_order(self, scope: Scope) -> TokenOrder | None:
         """The order in which this method wants the visual tokens of the forward to pass through the blocks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +101,25 @@ class Search(Method, register=False):
     def passes(self) -> int:
         """How often the data has to run."""
         return 1
+
+    def run(self, target: Any, sample: Mapping[str, Any], seed: int) -> None:
+        """Run one sample through the target, to which this search is applied: a pipeline call, or one forward.
+
+        Searches that need more of a model (tokens generated, a loss and its gradient, a batch of trials) override it.
+
+        Args:
+            target: the pipeline or model.
+            sample: arguments of the pipeline, or of the model's forward.
+            seed: of the pipeline's generator.
+        """
+        if isinstance(target, torch.nn.Module):
+            with torch.no_grad():
+                target(**copy.deepcopy(dict(sample)))  # some forwards change what they are given
+            return
+        arguments = {"generator": torch.Generator().manual_seed(seed), **sample}
+        if "output_type" in inspect.signature(type(target).__call__).parameters:
+            arguments = {"output_type": "latent", **arguments}  # nobody looks at the pictures
+        target(**arguments)
 
     def start_pass(self, number: int) -> None:
         """The pass `number`, counted from 0, begins; not called again where a checkpoint resumes inside of it."""

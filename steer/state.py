@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from steer.guidance import Guidance, Guide
 from steer.method import STAGES, Method
-from steer.select import SelectorError, expand_braces, head_mask, is_active, listing, matches, select
+from steer.select import SelectorError, expand_braces, head_mask, is_active, listing, matches, parse_steps, select
 from steer_kernels.order import TokenOrder
 from steer_patches.attach import Attachment, denoisers, find_sites, plain
 from steer_patches.blocks import find_blocks
 from steer_patches.clock import Clock
 from steer_patches.family import FAMILIES, Family, family_of
+from steer_patches.generation import Text, generates
 from steer_patches.parallel import refuse_ring
 from steer_patches.processors import UnhookableProcessor
 from steer_patches.site import Call, Next, Run, Scope, Site
@@ -132,7 +133,13 @@ def bind(method: Method, models: dict[str, torch.nn.Module], has_clock: bool) ->
         SelectorError: a selector that matches nothing; the message lists what exists.
         CompositionError: the method cannot run on this target.
     """
-    if method.steps not in (None, ":") and not has_clock:
+    counts = all(generates(plain(model)) for model in models.values())
+    if counts and parse_steps(method.steps)[0] == "fraction":
+        raise CompositionError(
+            f"steps={method.steps!r}: how many tokens a language model will write is not known beforehand; give "
+            'indices, "0:1" = the prompt, "1:" = what is generated'
+        )
+    if method.steps not in (None, ":") and not has_clock and not counts:
         raise CompositionError(
             f"steps={method.steps!r} needs a pipeline's scheduler to count steps; this target is a bare model. "
             'Apply the method to the pipeline, or give steps=":" (all steps).'
@@ -184,6 +191,7 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
         raise SelectorError(
             f"dense_layers={method.dense_layers} leaves {type(method).__name__} no layer of layers={layers!r}"  # type: ignore[attr-defined]
         )
+    method.prepare_model(model, chosen_sites)
     masks = {site.name: head_mask(method.heads, site) for site in chosen_sites}
     masks = {name: mask for name, mask in masks.items() if mask is None or bool(mask.any())}
     prefix = min((_block_index(name, blocks) for name in masks), default=0)
@@ -315,6 +323,7 @@ class State:
                 self.attachments[key] = attachment
                 self._undo.append(put(model, "_steer_state", self))
                 attachment.before.append(functools.partial(self._before, key))
+                attachment.positions = functools.partial(self._positions, key)
             if self.pipeline is not None:
                 self._undo.append(put(self.pipeline, "_steer_state", self))
                 self.clock.on_run.append(self._on_run)
@@ -357,8 +366,9 @@ class State:
             self._set_chains(key, None)
 
     def _before(self, key: str) -> None:
-        self.forwards += 1
         attachment = self.attachments[key]
+        self.forwards += 1
+        self.runs += attachment.scope.text is not None and attachment.clock.run.step == 0
         if attachment.parallel is not None:
             for binding in (b for b in self.bindings if b.model == key and b.sites):
                 refuse_ring(next(iter(binding.sites)), attachment.parallel)
@@ -368,6 +378,13 @@ class State:
         attachment.set_order(_shared_order(now, attachment.scope))
         for binding in self._begin_pass(key, None):
             binding.active += 1
+
+    def _positions(self, key: str, text: Text) -> torch.Tensor | None:
+        """The position ids that a method which is on wants for this forward of a language model."""
+        run = self.attachments[key].clock.run
+        active = (b.method for b in self.bindings if b.model == key and _runs_now(b, run))
+        wanted = (method.positions(text) for method in active)
+        return next((positions for positions in wanted if positions is not None), None)
 
     def _change_pass(self, key: str, branch: Binding | None) -> None:
         """A guidance method's perturbed pass begins, or (None) all passes of the forward are over."""
@@ -379,7 +396,10 @@ class State:
     def _begin_pass(self, key: str, branch: Binding | None) -> tuple[Binding, ...]:
         """The ordinary pass, or one guidance method's perturbed pass, begins: what its methods need is made ready."""
         active, scope = self._set_chains(key, branch), self.attachments[key].scope
+        cache = scope.text.cache if scope.text is not None else None
         for binding in active:
+            if cache is not None:
+                binding.method.prepare_cache(cache, binding.live)
             binding.method.before_forward(scope, binding.live)
         return active
 
@@ -423,7 +443,7 @@ def _shared_order(methods: Sequence[Method], scope: Scope) -> TokenOrder | None:
 
 def _runs_now(binding: Binding, run: Run) -> bool:
     """Whether the binding is on at the run's position; between runs, only where it is on at every step."""
-    if run.num_steps is None:
+    if run.num_steps is None and run.phase == "denoise":
         return binding.method.steps in (None, ":")
     return binding.is_active(run)
 

@@ -20,10 +20,11 @@ from steer_patches import interface
 from steer_patches.blocks import Tape
 from steer_patches.clock import Clock
 from steer_patches.family import Family, family_of
+from steer_patches.generation import Text, advance, generates, text_of, with_cache
 from steer_patches.processors import Ports, UnhookableProcessor, steered_class
 from steer_patches.reorder import Reordering
 from steer_patches.site import Layout, Scope, Site
-from steer_patches.swap import put, subclass, swap
+from steer_patches.swap import mix, put, subclass, swap
 
 
 class SiteLost(RuntimeError):
@@ -80,9 +81,24 @@ def _transformers_site(name: str, module: Any) -> Site:
     head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
     implementation = config._attn_implementation.removeprefix("steer_")
     site = Site(name, 0, "causal" if module.is_causal else "self", heads, kv_heads, head_dim, implementation)
+    site.layer_idx, site.window = getattr(module, "layer_idx", None), _window_of(module)
     if implementation not in interface.BASES:
-        site.ports, site.refusal = 0, f"attention implementation {implementation!r} cannot be hooked; use sdpa or eager"
+        site.ports = 0
+        site.refusal = (
+            f"attention implementation {implementation!r} cannot be hooked; use one of {', '.join(interface.BASES)}"
+        )
     return site
+
+
+def _window_of(module: Any) -> int | None:
+    """Latest keys that a query of this attention module sees at all; None = every key before it."""
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window
+    config = module.config
+    if getattr(config, "layer_types", None) is not None:
+        is_sliding = config.layer_types[module.layer_idx] == "sliding_attention"
+        return config.sliding_window if is_sliding else None
+    return getattr(config, "sliding_window", None)
 
 
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], dict[str, Any]], Any]
@@ -100,6 +116,7 @@ class Attachment:
         tape: the stage blocks.
         around: if set, called as `around(forward, args, kwargs, arguments)` in place of the model's forward.
         before: called before every forward, once the clock is set.
+        positions: of a language model: called last before its forward; other position ids for its tokens, or None.
     """
 
     def __init__(self, model: torch.nn.Module, clock: Clock) -> None:
@@ -111,6 +128,8 @@ class Attachment:
         self.reordering = Reordering(self.inner, self.family)
         self.around: Around | None = None
         self.before: list[Callable[[], None]] = []
+        self.positions: Callable[[Text], torch.Tensor | None] | None = None
+        self._generates = generates(self.inner)
         self._may_reorder = False
         self._signature = inspect.signature(type(self.inner).forward)
         self._undo: list[Callable[[], None]] = []
@@ -140,6 +159,9 @@ class Attachment:
             self._undo.append(swap(self.inner, subclass(type(self.inner), Announcing)))
         self._undo.append(put(self.model, "_steer_gate", self.gate))
         self._undo.append(swap(self.model, subclass(type(self.model), Gated)))
+        if self._generates:
+            self._undo.append(put(self.inner, "_steer_gate", self.gate))
+            self._undo.append(mix(self.inner, Generating))
         self.clock.scopes.append(self.scope)
         self.scope.run = self.clock.run
         self.clock.on_run.append(self.verify)
@@ -203,11 +225,40 @@ class Attachment:
         self.scope.rows = self._rows(arguments)
         self.scope.device = _device_of(arguments)
         self._may_reorder = self._can_reorder(arguments)
+        if self._generates:
+            return self._next_tokens(forward, args, kwargs, arguments)
         for hook in self.before:
             hook()
         if self.around is None:
             return forward(*args, **kwargs)
         return self.around(forward, args, kwargs, arguments)
+
+    def _next_tokens(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
+    ) -> Any:
+        """A forward of a language model: the next tokens of the sequence that is in its cache."""
+        if self.scope.text is not None:  # torch.compile's wrapper calls the model, which is gated too
+            return forward(*args, **kwargs)
+        cache = with_cache(self.inner, arguments)
+        if cache is not arguments.get("past_key_values"):
+            kwargs = {**kwargs, "past_key_values": cache}
+        known = text_of(arguments, cache)
+        if known is None:
+            return forward(*args, **kwargs)
+        self.scope.text, run = known
+        self.clock.follow(run)
+        try:
+            for hook in self.before:
+                hook()
+            moved = self.positions(self.scope.text) if self.positions is not None else None
+            if moved is not None:
+                self.scope.text = replace(self.scope.text, positions=moved)
+                kwargs = {**kwargs, "position_ids": moved}
+            output = forward(*args, **kwargs)
+        finally:
+            self.scope.text = None
+        advance(run, known[0].new)
+        return output
 
     def _layout(self, arguments: Mapping[str, Any]) -> Layout | None:
         if self.family is None or self.family.grid is None:
@@ -280,6 +331,18 @@ class Gated:
         gate = self.__dict__.get("_steer_gate")
         forward = super().__call__  # type: ignore[misc]
         return forward(*args, **kwargs) if gate is None else gate(forward, args, kwargs)
+
+
+class Generating(Gated):
+    """Mixed into a language model inside of any wrapper of `torch.compile`: `generate` is the model's own.
+
+    The forwards that `generate` compiles enter through the gate from outside of their graphs.
+    """
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
+        gate = self.__dict__.get("_steer_gate")
+        return compiled if gate is None else lambda *args, **kwargs: gate(compiled, args, kwargs)
 
 
 class Announcing:

@@ -43,10 +43,14 @@ class Clock:
 
     def start(self, arguments: dict[str, Any] | None = None) -> None:
         """A new run begins."""
-        self.run = Run(arguments=arguments if arguments is not None else self.run.arguments)
-        for scope in self.scopes:
-            scope.run = self.run
+        self.follow(Run(arguments=arguments if arguments is not None else self.run.arguments))
         self._stepped = self._started = False
+
+    def follow(self, run: Run) -> None:
+        """The forward that begins belongs to this run: language models have one for each sequence."""
+        self.run = run
+        for scope in self.scopes:
+            scope.run = run
 
     def stepped(self) -> None:
         """The scheduler took a step."""

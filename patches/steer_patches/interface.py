@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from steer_patches.site import Call, run_chain
 
-BASES = ("sdpa", "eager", "flash_attention_2")
+BASES = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 PREFIX = "steer_"
 
 
@@ -57,15 +57,18 @@ def steered_name(base: str) -> str:
         causal = kwargs.pop("is_causal", None)
         if causal is None:
             causal = bool(getattr(module, "is_causal", False))
-        # an explicit mask already holds the causal rule, and a single query sees every key
-        call_is_causal = causal and attention_mask is None and query.shape[2] > 1
+        # an explicit mask already holds the causal rule, but for flash attention's, which tells padding; and a single
+        # query sees every key
+        holds_rule = attention_mask is not None and getattr(attention_mask, "ndim", 4) != 2
+        call_is_causal = causal and not holds_rule and query.shape[2] > 1
         call = Call(query, key, value, attention_mask, scale, call_is_causal, site, 0, extra=kwargs)
 
         weights: list[torch.Tensor | None] = []
 
         def terminal(call: Call) -> torch.Tensor:
+            rule = causal if call.is_causal == call_is_causal else call.is_causal
             out, probabilities = inner(
-                module, call.query, call.key, call.value, call.mask, scaling=call.scale, is_causal=causal, **call.extra
+                module, call.query, call.key, call.value, call.mask, scaling=call.scale, is_causal=rule, **call.extra
             )
             weights.append(probabilities)
             return out.transpose(1, 2)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from steer_kernels.order import TokenOrder
+
+if TYPE_CHECKING:
+    from steer_patches.generation import Text
 
 ROLES = ("uncond", "cond", "perturbed", "source", "target", "reference")
 KINDS = ("self", "cross", "joint", "temporal", "causal", "text")
@@ -58,13 +62,17 @@ class Run:
     """Position inside one pipeline call or one `generate`. Read it outside compiled regions only.
 
     Args:
-        step: index of the current step, from 0.
+        step: index of the current step, from 0; of a language model: forwards of this sequence before this one.
         num_steps: number of steps of the run, once known.
         branch: name of the CFG branch in flight, where the pipeline states it.
         calls: denoiser calls made in this step so far.
         batch: rows of the step's first denoiser call.
-        phase: "denoise", "prefill" or "decode".
+        phase: "denoise"; of a language model "prefill" where the cache is empty, else "decode".
         arguments: the pipeline's arguments of this run, defaults filled in.
+        tokens: of a language model: tokens of the sequence before this forward.
+        memory: of a language model: what methods keep for the sequence, as nested dicts, lists and tuples of plain
+            values and of tensors whose first dimension is the batch. It follows the cache: beam search, repeats and
+            selections of rows act on the tensors, a copied cache has a copy. Keys: (method, site name).
     """
 
     step: int = 0
@@ -74,6 +82,8 @@ class Run:
     batch: int | None = None
     phase: str = "denoise"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    memory: dict[Any, Any] = field(default_factory=dict)
     scheduler: Any = field(default=None, repr=False)
 
     @property
@@ -100,6 +110,7 @@ class Scope:
     def __init__(self) -> None:
         self.rows: tuple[str, ...] = ("cond",)
         self.layout: Layout | None = None
+        self.text: Text | None = None
         self.device = torch.device("cpu")  # of the forward's inputs
         self.run = Run()
 
@@ -118,6 +129,8 @@ class Site:
         main_port: the ordinary one among them (others attend to image prompts and the like).
         refusal: why it cannot be hooked, else None.
         layer: number of the site among those of its kind.
+        layer_idx: of a language model, the layer of the cache in which the site keeps its keys and values.
+        window: of a language model, latest keys that a query sees at all; None = every key before it.
         chain: what runs here.
         kernel: what the one method of the stage "kernel" here has made ready for the forward in flight.
     """
@@ -133,6 +146,8 @@ class Site:
     main_port: int = 0
     refusal: str | None = None
     layer: int = 0
+    layer_idx: int | None = None
+    window: int | None = None
     chain: tuple[Any, ...] = ()
     kernel: Any = field(default=None, repr=False)
     scope: Scope = field(default_factory=Scope, repr=False)
@@ -180,6 +195,11 @@ class Call:
         return self.site.scope.layout
 
     @property
+    def text(self) -> Text | None:
+        """The tokens of the forward in flight; None where the model is no language model."""
+        return self.site.scope.text
+
+    @property
     def rows(self) -> tuple[str, ...]:
         """Role of each equal share of the batch, in order, e.g. ("uncond", "cond")."""
         return self.site.scope.rows if self.own_rows is None else self.own_rows
@@ -211,6 +231,36 @@ class Call:
         if groups == 1:
             return self.key, self.value
         return self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
+
+    def visible(self) -> tuple[torch.Tensor | None, bool]:
+        """Which keys a query may see, from the mask in whatever form the model's backend takes it.
+
+        Returns:
+            (keep, causal): bool (B or 1, H or 1, S or 1, S_kv) or None = all; `causal` (then keep is None): key j is
+            visible to query i if j <= i, in a call with as many queries as keys.
+
+        Raises:
+            ValueError: an additive mask that does more than hide keys.
+        """
+        mask, (queries, keys) = self.mask, (self.query.shape[2], self.key.shape[2])
+        if mask is None:
+            return (None, True) if self.is_causal else (None, False)
+        if isinstance(mask, BlockMask):
+            rows, heads, *_ = mask.shape
+            return create_mask(mask.mask_mod, rows, heads, queries, keys, device=self.query.device), False
+        if mask.ndim == 2:  # (B, S_kv), which tokens are real
+            keep = mask[:, None, None, :keys].bool()
+            if self.is_causal:
+                at = torch.arange(keys, device=keep.device)
+                keep = keep & (at <= at[keys - queries :, None])
+            return keep, False
+        mask = mask[..., :keys]
+        if mask.dtype == torch.bool:
+            return mask, False
+        keep = mask == 0
+        if not torch.compiler.is_compiling() and bool((mask[~keep] > torch.finfo(mask.dtype).min / 2).any()):
+            raise ValueError(f"{self.site.name} has a mask of biases, not only of hidden keys")
+        return keep, False
 
     def part(self, queries: slice, keys: slice) -> Call:
         """The same call with some of its queries over some of its keys; the mask is cut to match."""

@@ -46,8 +46,8 @@ def test_attention_and_mask_are_registered_together(base: str) -> None:
 
 
 def test_unknown_base_is_refused() -> None:
-    with pytest.raises(ValueError, match="'flex_attention' cannot be hooked; use one of sdpa, eager"):
-        steered_name("flex_attention")
+    with pytest.raises(ValueError, match="'flash_attention_3' cannot be hooked; use one of sdpa, eager"):
+        steered_name("flash_attention_3")
 
 
 @every_language_model
@@ -114,13 +114,13 @@ def test_sub_configurations_are_steered_and_restored_one_by_one() -> None:
 
 def test_one_part_of_a_model_may_be_unhookable() -> None:
     model = FAMILIES["llava"].build()
-    model.config.vision_config._attn_implementation = "flex_attention"
+    model.config.vision_config._attn_implementation = "flash_attention_3"
     before = snapshot(model)
-    with pytest.raises(UnhookableProcessor, match=r"vision_tower.*'flex_attention' cannot be hooked"):
+    with pytest.raises(UnhookableProcessor, match=r"vision_tower.*'flash_attention_3' cannot be hooked"):
         steer.apply(model, Through())
     assert_untouched(before, model)
     with steer.apply(model, Through(layers="model.language_model")):
-        assert model.config.vision_config._attn_implementation == "flex_attention"
+        assert model.config.vision_config._attn_implementation == "flash_attention_3"
         assert model.config.text_config._attn_implementation == "steer_sdpa"
     assert_untouched(before, model)
 

@@ -1,0 +1,139 @@
+"""Language models: the tokens of the forward in flight, and what methods keep for a sequence while its cache lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from steer_patches.blocks import map_tensors
+from steer_patches.site import Run
+from steer_patches.swap import mix
+
+RUN = "steer_run"  # without the prefix that copies lose: a copied cache continues the same sequence
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """The tokens of one forward of a language model.
+
+    Args:
+        past: tokens of the sequence before this forward, those that a method evicted from the cache included.
+        new: tokens of this forward.
+        positions: (B or 1, new) position ids that the model will use.
+        valid: (B, past + new) bool, False = padding; None = all are real.
+        cache: where keys and values are kept; None where the model runs without.
+    """
+
+    past: int
+    new: int
+    positions: torch.Tensor
+    valid: torch.Tensor | None = None
+    cache: Cache | None = field(default=None, repr=False)
+
+
+def generates(model: torch.nn.Module) -> bool:
+    """Whether `model` is a transformers decoder, whose sequences steer can follow from forward to forward."""
+    return (
+        isinstance(model, PreTrainedModel)
+        and not getattr(model.config, "is_encoder_decoder", False)
+        and any(getattr(module, "is_causal", False) is True for module in model.modules())
+    )
+
+
+def with_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache of a forward with these arguments; where the model would make one itself, that one, made here."""
+    cache = arguments.get("past_key_values")
+    if cache is not None or model.training:
+        return cache
+    wanted = arguments.get("use_cache")
+    wanted = getattr(model.config.get_text_config(decoder=True), "use_cache", False) if wanted is None else wanted
+    return DynamicCache(config=model.config) if wanted and model._supports_default_dynamic_cache() else None
+
+
+def text_of(arguments: Mapping[str, Any], cache: Cache | None) -> tuple[Text, Run] | None:
+    """The tokens of a forward, and the position in its sequence; None where the arguments hold no tokens."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return None
+    new = tokens.shape[1]
+    run = _run_of(cache)
+    past = run.tokens
+    positions = arguments.get("position_ids")
+    if positions is None:
+        positions = torch.arange(past, past + new, device=tokens.device)[None]
+    elif positions.ndim == 3:  # one row each for time, height and width, or text before those
+        positions = positions[0]
+    valid = _valid(arguments.get("attention_mask"), past + new)
+    run.phase = "decode" if past else "prefill"
+    return Text(past, new, positions, valid, cache), run
+
+
+def advance(run: Run, new: int) -> None:
+    """The forward is over: its tokens are in the cache."""
+    run.step += 1
+    run.tokens += new
+
+
+def _run_of(cache: Cache | None) -> Run:
+    """The run of the sequence in this cache; a new one where it is empty, or where there is no cache."""
+    if cache is None:
+        return Run(phase="prefill")
+    run: Run | None = cache.__dict__.get(RUN)
+    if run is None or (run.tokens and cache.get_seq_length() == 0):  # emptied by hand
+        run = cache.__dict__[RUN] = Run(phase="prefill", tokens=int(cache.get_seq_length()))
+    if not isinstance(cache, Followed):
+        mix(cache, Followed)
+    return run
+
+
+def _valid(mask: Any, tokens: int) -> torch.Tensor | None:
+    """(B, tokens) bool of the real tokens from the attention mask in any of transformers' forms; None = all real."""
+    if isinstance(mask, Mapping):  # one mask for each kind of layer
+        mask = mask.get("full_attention")
+    if isinstance(mask, BlockMask):
+        rows, _, queries, keys = mask.shape
+        mask = create_mask(mask.mask_mod, rows, 1, queries, keys, device=mask.kv_indices.device)
+    if mask is None:
+        return None
+    if mask.ndim == 4:  # what the last query may see
+        mask = mask[:, 0, -1, :tokens]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+    valid = mask[:, :tokens].bool()
+    return None if bool(valid.all()) else valid
+
+
+class Followed:
+    """Mixed into a cache: what methods keep for its sequences is reordered, repeated and dropped with it."""
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        run: Run | None = self.__dict__.get(RUN)  # None: nothing was steered since the cache was emptied
+        if run is not None:
+            run.memory = map_tensors(run.memory, change)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        run: Run | None = self.__dict__.get(RUN)
+        if run is not None:
+            run.tokens = int(self.get_seq_length())  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.__dict__.pop(RUN, None)
