@@ -12,16 +12,17 @@ from typing import Any
 import steer.methods  # noqa: F401  (its files register themselves; the name then goes to the function below)
 from steer.apply import apply, remove, sites
 from steer.artifact import FingerprintError, load
+from steer.bind import CompositionError
 from steer.calibrate import calibrate
 from steer.capture import capture
 from steer.compare import Comparison, compare
 from steer.doctor import doctor
 from steer.guidance import Guidance, GuidanceWarning
+from steer.handle import Handle
 from steer.method import Method, methods
 from steer.plan import Plan, Search
 from steer.select import SelectorError
 from steer.simulate import Simulation, simulate
-from steer.state import CompositionError, Handle
 
 __version__ = "0.1.0"
 

@@ -7,8 +7,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from steer.artifact import check_fingerprint, fingerprint
+from steer.bind import CompositionError, bind, models_of
+from steer.handle import Handle
 from steer.method import Method
-from steer.state import CompositionError, Handle, State, bind, models_of
+from steer.state import State
 from steer_patches.attach import find_sites, plain
 from steer_patches.site import Site
 

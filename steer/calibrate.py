@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from steer.apply import apply
 from steer.artifact import fingerprint, installed, to_json
+from steer.bind import models_of
 from steer.method import Method
 from steer.plan import Plan, Search
-from steer.state import models_of
 from steer_patches.attach import plain
 
 CHECKPOINT = "calibration.safetensors"

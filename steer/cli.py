@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 import steer
+from steer.bind import unfit
 from steer.method import Method
 from steer.sparse import Sparse
-from steer.state import unfit
 from steer_patches.family import FAMILIES, Family
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training-free attention methods for HF models.")
@@ -57,9 +57,12 @@ def methods(markdown: Annotated[bool, typer.Option(help="Print the README's tabl
 
 
 def methods_table_markdown() -> str:
-    """Methods x model families, from the registry: one table of what edits predictions, one of sparse attention."""
-    known = steer.methods().values()
-    return "\n\n".join(_table([m for m in known if issubclass(m, Sparse) == sparse]) for sparse in (False, True))
+    """Methods x model families, from the registry: a table each of guidance, sparse attention and language models."""
+    groups: dict[str, list[type[Method]]] = {"guidance": [], "sparse": [], "language": []}
+    for method in steer.methods().values():
+        kind = "language" if method.kinds == ("causal",) else "sparse" if issubclass(method, Sparse) else "guidance"
+        groups[kind].append(method)
+    return "\n\n".join(_table(group) for group in groups.values() if group)
 
 
 def _table(methods: list[type[Method]]) -> str:

@@ -21,7 +21,7 @@ from steer_patches.blocks import map_tensors, take_rows
 from steer_patches.site import Run
 
 if TYPE_CHECKING:
-    from steer.state import Binding
+    from steer.bind import Binding
 
 ROW_ARGUMENTS = {  # forward arguments that may hold several entries a row (the frames of a video in a UNet)
     "sample",

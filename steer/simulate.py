@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from steer.bind import CompositionError, bind, unfit
 from steer.method import methods
 from steer.model_shapes import ModelShape, Size, model_shape
 from steer.select import is_active, listing
 from steer.sparse import Sparse, Tokens
-from steer.state import CompositionError, bind, unfit
 from steer_kernels import BlockMask
 from steer_patches.attach import find_sites
 from steer_patches.family import FAMILIES, Family, family_of

@@ -32,7 +32,7 @@ from transformers import (
 
 import steer
 from steer import Method
-from steer.state import CompositionError
+from steer.bind import CompositionError
 from steer_patches.generation import Text
 from steer_patches.site import Call, Next, Site
 
