@@ -31,7 +31,7 @@ def softmax_map(
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = query @ key.transpose(-1, -2) * (scale if scale is not None else query.shape[-1] ** -0.5)
     if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()[None, None]
     if attn_mask is not None:
         if attn_mask.ndim == 2:  # key padding
             attn_mask = attn_mask[:, None, None, :]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_kernels import partial
-from steer_kernels.estimate import block_mass, chunked, pooled_scores, qk_estimate, reference
+from steer_kernels.estimate import block_mass, chunked, column_mass, pooled_scores, qk_estimate, reference
 from steer_kernels.estimate.api import _draw
 
 pytestmark = pytest.mark.interpreted
@@ -234,6 +234,70 @@ def test_pooled_scores_are_float32(pool: str, dtype: torch.dtype) -> None:
     assert torch.allclose(scores.double(), exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("tile", [2**6, 2**12, 2**19])
+@settings(max_examples=30)
+@given(call=calls, masked=st.sampled_from([None, "rows", "heads", "keys"]))
+def test_column_mass_equals_the_map(backend: str, tile: int, call: dict, masked: str | None) -> None:
+    q, k = drawn(call)
+    (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
+    keep = None
+    if masked is not None:
+        shape = {"rows": (batch, 1, q_len), "heads": (1, heads, q_len), "keys": (batch, 1, 1)}[masked]
+        keep = torch.rand(*shape, kv_len, generator=torch.Generator().manual_seed(3)) > 0.5
+    seen = (
+        torch.ones(batch, heads, q_len, kv_len, dtype=torch.bool) if keep is None else keep.expand(*q.shape[:3], kv_len)
+    )
+    seen = seen.tril(kv_len - q_len) if call["causal"] else seen
+    scores = 0.3 * q @ k.repeat_interleave(heads // k.shape[1], 1).mT
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).nan_to_num(0.0)
+    lse = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(chunked.TILE, "cpu", tile)
+        mass = column_mass(q, k, lse, scale=0.3, is_causal=call["causal"], keep=keep, backend=backend)
+    assert torch.allclose(mass, weights.sum(2), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "heads, q_len, kv_len, width", [((2, 2), 64, 64, 32), ((4, 2), 33, 150, 24), ((2, 1), 140, 27, 16)]
+)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_triton_column_mass_equals_the_map(
+    masked: bool, causal: bool, heads: tuple[int, int], q_len: int, kv_len: int, width: int, dtype: torch.dtype
+) -> None:
+    q, k = draw(1, 2, *heads, q_len, kv_len, width, dtype)
+    keep = torch.rand(2, 1, q_len, kv_len, generator=torch.Generator().manual_seed(4)) > 0.3 if masked else None
+    weights, lse = softmax_map(q, k, width**-0.5, causal)
+    expected = (weights if keep is None else weights * keep).sum(2)
+    mass = column_mass(q, k, lse.float(), is_causal=causal, keep=keep, backend="triton")
+    assert mass.dtype == torch.float32
+    assert torch.allclose(mass.double(), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_column_mass_of_queries_that_do_not_count(backend: str) -> None:
+    """A query at -inf gives nothing; the others as much as without it."""
+    q, k = draw(16, 1, 2, 1, 40, 30, 16, torch.float32)
+    weights, lse = softmax_map(q, k, 0.25, False)
+    gone = lse.clone()
+    gone[:, 1, 7:] = -torch.inf
+    mass = column_mass(q, k, gone.float(), backend=backend)
+    assert torch.allclose(mass[:, 0].double(), weights[:, 0].sum(1), atol=1e-5)
+    assert torch.allclose(mass[:, 1].double(), weights[:, 1, :7].sum(1), atol=1e-5)
+
+
+def test_column_mass_of_scores_far_apart() -> None:
+    """Scores 300 below the log-sum-exp give exactly nothing worth counting, and no number that is not finite."""
+    q, k = draw(17, 1, 1, 1, 64, 64, 16, torch.float32)
+    k[:, :, 1:] -= 400 * q.mean((2,), keepdim=True) / q.mean((2,), keepdim=True).norm()
+    lse = (q @ k.mT).logsumexp(-1)
+    mass = column_mass(q, k, lse, scale=1.0)
+    assert torch.isfinite(mass).all()
+    assert torch.allclose(mass, torch.softmax(q @ k.mT, -1).sum(2), atol=1e-4)
+
+
 @settings(max_examples=40)
 @given(call=calls)
 def test_visible_keys(call: dict) -> None:
@@ -309,6 +373,7 @@ def test_traces() -> None:
     calls = {
         "pooled": lambda q, k, lse: pooled_scores(q, k, block_size=(8, 16), pool="minmax"),
         "mass": lambda q, k, lse: block_mass(q, k, lse, block_size=(8, 16), is_causal=True),
+        "columns": lambda q, k, lse: column_mass(q, k, lse, is_causal=True),
         "estimate": lambda q, k, lse: qk_estimate(q, k, block_size=(8, 16), is_causal=True),
         "samples": lambda q, k, lse: qk_estimate(q, k, block_size=(8, 16), samples=8, is_causal=True),
     }
@@ -327,6 +392,11 @@ def test_registered_operations() -> None:
         torch.library.opcheck(
             torch.ops.steer_kernels.block_mass, (q, k, lse, 8, 16, 0.3, True, backend), test_utils=checks
         )
+        keep = torch.ones(1, 1, 20, 30, dtype=torch.bool)
+        for mask in (None, keep):
+            torch.library.opcheck(
+                torch.ops.steer_kernels.column_mass, (q, k, lse, mask, 0.3, True, backend), test_utils=checks
+            )
     torch.library.opcheck(torch.ops.steer_kernels.sampled_mass, (q, k, rows, exists, 16, 0.3, True), test_utils=checks)
 
 
@@ -356,6 +426,13 @@ def test_errors_name_the_shapes_and_the_choices(monkeypatch: pytest.MonkeyPatch)
         block_mass(q, one, lse[:, :2])
     with pytest.raises(ValueError, match="choose from triton, torch, reference"):
         block_mass(q, one, lse, backend="fast")
+    with pytest.raises(ValueError, match=r"lse must be \(1, 3, 8\)"):
+        column_mass(q, one, lse[:, :2])
+    for keep in (torch.ones(3, 8, dtype=torch.bool), torch.ones(8, 8)):
+        with pytest.raises(ValueError, match=r"bool and broadcastable to \(B, H, S_q, S_k\) = \(1, 3, 8, 8\)"):
+            column_mass(q, one, lse, keep=keep)
+    with pytest.raises(ValueError, match="choose from triton, torch, reference"):
+        column_mass(q, one, lse, backend="fast")
     with pytest.raises(ValueError, match="either lse or samples"):
         qk_estimate(q, one, lse=lse, samples=3)
     with pytest.raises(ValueError, match="needs lse"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steer_kernels.build import forced, top_k, top_mass
-from steer_kernels.estimate import block_mass, qk_estimate, reference
+from steer_kernels.estimate import block_mass, column_mass, qk_estimate, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,6 +57,20 @@ def test_mass(
     for backend in ("triton", "torch", None):
         mass = block_mass(q, k, lse.float(), block_size=block_size, is_causal=causal, backend=backend)
         assert torch.allclose(mass.double(), expected, atol=1e-5), backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("q_len, kv_len, width", [(1024, 1024, 64), (333, 777, 128), (700, 500, 72)])
+def test_column_mass(q_len: int, kv_len: int, width: int, causal: bool, dtype: torch.dtype) -> None:
+    q, k = draw(8, 2, q_len, kv_len, width, dtype)
+    lse, scale = lse_of(q, k, causal), width**-0.5
+    keep = torch.rand(2, 1, q_len, kv_len, generator=torch.Generator("cuda").manual_seed(1), device="cuda") > 0.3
+    for mask in (None, keep):
+        expected = reference.column_mass(q.double(), k.double(), lse, mask, scale, causal)
+        for backend in ("triton", "torch", None):
+            mass = column_mass(q, k, lse.float(), is_causal=causal, keep=mask, backend=backend)
+            assert torch.allclose(mass.double(), expected, atol=1e-3, rtol=1e-4), backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -98,6 +98,47 @@ def test_masks() -> None:
     assert torch.allclose(partial(q, k, v, mask=additive)[0], out, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_fused_masks_equal_the_reference(dtype: torch.dtype) -> None:
+    """Every shape and dtype of a mask; torch's own kernel takes those of the query's dtype only."""
+    q, k, v = draw(9, 2, 4, 2, 70, 600, 16, dtype)
+    keep = torch.rand(2, 4, 70, 600, generator=torch.Generator().manual_seed(1)) > 0.5
+    keep[:, :, 3] = False
+    keep[:, :, 4, :550] = False  # nothing in the first tiles of the kernel
+    for mask in (keep, keep[:, :1], keep[:1, :1, 5:6], keep[0, 0], keep[0, 0, 5], keep[..., 7:8]):
+        for form in (mask, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)):
+            out, lse = partial(q, k, v, mask=form, scale=0.3, backend="flash")
+            exact, exact_lse = reference.partial(q.double(), k.double(), v.double(), mask=form, scale=0.3)
+            eager, eager_lse = reference.partial(q, k, v, mask=form, scale=0.3)
+            seen = exact_lse > -torch.inf
+            assert torch.equal(lse == -torch.inf, ~seen) and (out[~seen] == 0).all()
+            assert (out - exact).norm() <= 1.1 * (eager - exact).norm() + 1e-12
+            error = (lse - exact_lse)[seen].norm()
+            assert error <= 1.1 * (eager_lse - exact_lse)[seen].norm() + 1e-5
+
+
+@pytest.mark.parametrize("backend", ["flash", "reference"])
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes)
+def test_causal_is_aligned_to_the_last_key(backend: str, shape: tuple) -> None:
+    """More keys than queries (a cache), as many, or fewer: the last query sees all, the first may see none."""
+    b, (h, kv), s, n, d, seed = shape
+    q, k, v = draw(seed, b, h, kv, s, n, d, torch.float64)
+    keep = torch.ones(s, n, dtype=torch.bool).tril(n - s)
+    out, lse = partial(q, k, v, is_causal=True, backend=backend)
+    expected, expected_lse = reference.partial(q, k, v, mask=keep)
+    assert torch.allclose(out, expected, atol=1e-12)
+    assert torch.allclose(lse, expected_lse, atol=1e-12)
+
+
+def test_values_of_another_width_take_the_reference() -> None:
+    q, k, v = draw(10, 1, 2, 2, 5, 6, 16, torch.float32)
+    out, _ = partial(q, k, v[..., :8])
+    assert torch.allclose(out, partial(q, k, v)[0][..., :8], atol=1e-6)
+    with pytest.raises(ValueError, match="values as wide as the keys"):
+        partial(q, k, v[..., :8], backend="flash")
+
+
 def test_merge_with_an_empty_part() -> None:
     q, k, v = draw(5, 1, 2, 2, 5, 8, 16, torch.float64)
     nothing = torch.zeros(1, 1, 5, 8, dtype=torch.bool)
@@ -110,10 +151,12 @@ def test_merge_with_an_empty_part() -> None:
 
 def test_traces() -> None:
     q, k, v = draw(6, 1, 2, 2, 9, 13, 16, torch.float32)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v: partial(q, k, v), fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(q, k, v), partial(q, k, v), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    mask = torch.ones(9, 13, dtype=torch.bool).tril()
+    for options in ({}, {"is_causal": True}, {"mask": mask}):
+        torch._dynamo.reset()
+        compiled = torch.compile(partial, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(q, k, v, **options), partial(q, k, v, **options), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_gradient_of_output_and_lse() -> None:
@@ -129,7 +172,29 @@ def test_errors_name_the_shapes_and_the_choices() -> None:
         partial(q[0], k, v)
     with pytest.raises(ValueError, match="choose from flash, reference"):
         partial(k, k, v, backend="fast")
-    with pytest.raises(ValueError, match="takes no mask"):
-        partial(k, k, v, mask=torch.ones(5, 5, dtype=torch.bool), backend="flash")
+    with pytest.raises(ValueError, match=r"broadcastable to \(B, H, S, G\) = \(1, 2, 5, 5\); got \(4, 5\)"):
+        partial(k, k, v, mask=torch.ones(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="either a mask or is_causal"):
+        partial(k, k, v, mask=torch.ones(5, 5, dtype=torch.bool), is_causal=True)
+    with pytest.raises(ValueError, match="gives no gradient"):
+        partial(k.requires_grad_(), k, v, backend="flash")
     with pytest.raises(ValueError, match="at least one part"):
         merge([])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lengths", [(130, 130), (65, 200), (200, 65)])
+def test_cuda_kernels_equal_the_reference(lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    q, k, v = (t.cuda() for t in draw(11, 2, 4, 2, *lengths, 64, dtype))
+    keep = torch.rand(2, 1, *lengths, generator=torch.Generator().manual_seed(2)).cuda() > 0.3
+    keep[:, :, 3] = False
+    for options in ({}, {"is_causal": True}, {"mask": keep}):
+        out, lse = partial(q, k, v, backend="flash", **options)
+        exact, exact_lse = reference.partial(q.double(), k.double(), v.double(), **options)
+        eager, _ = reference.partial(q, k, v, **options)
+        seen = exact_lse > -torch.inf
+        assert (out[seen] - exact[seen]).norm() <= 1.5 * (eager[seen] - exact[seen]).norm()
+        assert torch.equal(lse == -torch.inf, ~seen)
+        assert torch.allclose(lse[seen].double(), exact_lse[seen], atol=1e-4)

@@ -12,6 +12,7 @@ from steer_kernels.estimate import chunked, reference
 from steer_kernels.shapes import check_attention, pair_of_blocks
 
 BACKENDS = ("triton", "torch", "reference")
+COLUMN_TILE = (64, 64)  # queries and keys that a Triton program of the column mass holds
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -86,6 +87,54 @@ def block_mass(
         raise ValueError(f"backend={backend!r} does not exist; choose from {', '.join(BACKENDS)}")
     query, key, lse = query.detach(), key.detach(), lse.detach()
     return _block_mass(query, key, lse, *sizes, _scale(query, scale), is_causal, backend)
+
+
+def column_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    keep: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Probability that every key gets, summed over the queries: the column sums of the map, without the map.
+
+    P = exp(scale * query . key - lse). Costs the score half of attention; memory for the result and a tile. No gradient
+    flows through it.
+
+    Args:
+        query: (B, H, S_q, D). key: (B, H_kv, S_k, D), H a multiple of H_kv.
+        lse: (B, H, S_q) log-sum-exp of the scaled products over the keys that the query sees, from an attention call.
+            A query at -inf gives nothing.
+        scale: factor on the products; None = 1 / sqrt(D).
+        is_causal: key j is visible to query i only if j <= i + S_k - S_q.
+        keep: bool, broadcastable to (B, H, S_q, S_k), True = the query sees the key; None = all. Together with
+            `is_causal` both hold.
+        backend: "triton", "torch" = a tile at a time, "reference" = through the map, None = the fastest that can.
+
+    Returns:
+        (B, H, S_k) float32 (float64 for float64 tensors). They sum to the number of queries that see a key.
+
+    Raises:
+        ValueError: shapes that do not fit, or an explicit backend that cannot serve this call.
+    """
+    check_attention(query, key)
+    _check_lse(query, lse)
+    if keep is not None:
+        wanted = (*query.shape[:3], key.shape[2])
+        keep = keep[(None,) * (4 - keep.ndim)]
+        alike = keep.ndim == 4 and all(n in (1, want) for n, want in zip(keep.shape, wanted, strict=True))
+        if not alike or keep.dtype != torch.bool:
+            raise ValueError(
+                f"keep must be bool and broadcastable to (B, H, S_q, S_k) = {wanted}; got {keep.dtype} "
+                f"{tuple(keep.shape)}"
+            )
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend={backend!r} does not exist; choose from {', '.join(BACKENDS)}")
+    query, key, lse = query.detach(), key.detach(), lse.detach()
+    return _column_mass(query, key, lse, keep, _scale(query, scale), is_causal, backend)
 
 
 class BlockProfile(NamedTuple):
@@ -233,6 +282,41 @@ def _(
 ) -> torch.Tensor:
     shape = *query.shape[:2], -(-query.shape[2] // bq), -(-key.shape[2] // bk)
     return query.new_empty(shape, dtype=reference.accurate(query))
+
+
+@torch.library.custom_op(
+    "steer_kernels::column_mass",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor lse, Tensor? keep, float scale, bool is_causal, str? backend) -> Tensor",
+)
+def _column_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    backend: str | None,
+) -> torch.Tensor:
+    if _choose(query, COLUMN_TILE, backend) == "triton":
+        from steer_kernels.estimate import triton
+
+        return triton.column_mass(query, key, lse, keep, COLUMN_TILE, scale, is_causal)
+    implementation = reference.column_mass if backend == "reference" else chunked.column_mass
+    return implementation(query, key, lse, keep, scale, is_causal)
+
+
+@_column_mass.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    backend: str | None,
+) -> torch.Tensor:
+    return query.new_empty((*query.shape[:2], key.shape[2]), dtype=reference.accurate(query))
 
 
 @torch.library.custom_op(

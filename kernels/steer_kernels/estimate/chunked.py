@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from steer_kernels.estimate.reference import accurate, block_max, block_sum, seen_lse, tokens_in_blocks
@@ -41,6 +43,52 @@ def block_mass(
                 weights.masked_fill_(later, 0.0)
             mass[:, :, row, start // bk : -(-stop // bk)] = block_sum(weights.sum(2), bk)
     return mass / tokens_in_blocks(q_len, bq, query.device)[:, None]
+
+
+def column_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """See `reference.column_mass`. Nearly all of the time is spent in `exp`."""
+    (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    group, offset, dtype = heads // kv_heads, kv_len - q_len, accurate(query)
+    numbers = TILE.get(query.device.type, TILE_ELSEWHERE) // 2
+    rows = min(q_len, 256)  # small tiles compute less above the diagonal
+    columns = min(kv_len, 256, max(64, 2 ** int(math.log2(max(numbers // (rows * group), 1)))))
+    together = max(1, numbers // (rows * group * columns))  # key heads in a tile
+    tile = torch.empty(together * group * rows * columns, dtype=dtype, device=query.device)
+    mass = torch.zeros(batch * kv_heads, group, kv_len, dtype=dtype, device=query.device)
+    keys = key.reshape(batch * kv_heads, kv_len, -1)
+    queries = query.reshape(batch * kv_heads, group, q_len, -1)
+    lse = seen_lse(lse).reshape(batch * kv_heads, group, q_len, 1)
+    if keep is not None:
+        keep = keep.expand(batch, heads, q_len, kv_len)
+    for head in range(0, batch * kv_heads, together):
+        these = slice(head, min(head + together, batch * kv_heads))
+        keys_here = keys[these].to(dtype).mT
+        for first in range(0, q_len, rows):
+            last = min(first + rows, q_len)
+            scaled = (queries[these, :, first:last].to(dtype) * scale).flatten(1, 2)
+            for start in range(0, min(kv_len, last + offset) if is_causal else kv_len, columns):
+                stop = min(start + columns, kv_len)
+                seen = None if keep is None else _of_heads(keep[..., first:last, start:stop], these, kv_heads)
+                if seen is not None and seen.device.type == "cpu" and not seen.any():
+                    continue
+                weights = tile[: scaled.shape[0] * scaled.shape[1] * (stop - start)]
+                torch.bmm(scaled, keys_here[..., start:stop], out=weights.view(*scaled.shape[:2], stop - start))
+                weights = weights.view(-1, group, last - first, stop - start)
+                # less than e^-80 does not count, and subnormal results would take 100 times as long
+                weights.sub_(lse[these, :, first:last]).clamp_(min=-80.0).exp_()
+                if is_causal and stop - 1 > first + offset:
+                    weights.tril_(first + offset - start)  # on a CPU many times as fast as a mask
+                if seen is not None:
+                    weights.masked_fill_(~seen, 0.0)
+                mass[these, :, start:stop] += weights.sum(2)
+    return mass.view(batch, heads, kv_len)
 
 
 def block_profile(
@@ -126,3 +174,12 @@ def _grouped(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Ten
 def _later(position: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """(rows, stop - start) bool: keys start, ..., stop - 1 that come after the row's position among the keys."""
     return torch.arange(start, stop, device=position.device) > position[:, None]
+
+
+def _of_heads(keep: torch.Tensor, these: slice, kv_heads: int) -> torch.Tensor:
+    """Rows `these` of (B * H_kv, H / H_kv, ...) from the same mask as (B, H, ...); it may be an expanded one."""
+    batch, head = divmod(these.start, kv_heads)
+    if these.stop == these.start + 1:
+        group = keep.shape[1] // kv_heads
+        return keep[batch : batch + 1, head * group : (head + 1) * group]
+    return keep.unflatten(1, (kv_heads, -1)).flatten(0, 1)[these]

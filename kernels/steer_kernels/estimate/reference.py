@@ -37,6 +37,34 @@ def block_mass(
     return by_block / tokens_in_blocks(q_len, bq, query.device)[:, None]
 
 
+def column_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    keep: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Probability that every key gets, summed over the queries; through the whole map.
+
+    Args:
+        query: (B, H, S_q, D). key: (B, H_kv, S_k, D), H a multiple of H_kv.
+        lse: (B, H, S_q) log-sum-exp of the scaled products; a query at -inf saw nothing and gives nothing.
+        keep: bool (B or 1, H or 1, S_q or 1, S_k), True = the query sees the key; None = all.
+
+    Returns:
+        (B, H, S_k).
+    """
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    exponent = scale * (query.to(accurate(query)) @ key.to(accurate(key)).mT) - seen_lse(lse)[..., None]
+    if is_causal:
+        q, k = (torch.arange(n, device=query.device) for n in exponent.shape[-2:])
+        exponent = exponent.masked_fill(k > q[:, None] + (k.numel() - q.numel()), -torch.inf)
+    if keep is not None:
+        exponent = exponent.masked_fill(~keep, -torch.inf)
+    return exponent.exp().sum(2)
+
+
 def block_profile(
     query: torch.Tensor,
     key: torch.Tensor,

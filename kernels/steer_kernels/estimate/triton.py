@@ -1,4 +1,8 @@
-"""Block mass in Triton: one program per query block and head walks over the key blocks."""
+"""Block mass and column mass in Triton.
+
+Block mass: one program per query block and head walks over the key blocks. Column mass: one per key block and head
+walks over the queries that see it.
+"""
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -96,6 +100,47 @@ def block_mass(
             BK=bk,
             WIDTH=width,
             CAUSAL=is_causal,
+            **tiles,
+        )
+    return mass
+
+
+def column_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    keep: torch.Tensor | None,
+    tile: tuple[int, int],
+    scale: float,
+    is_causal: bool,
+) -> torch.Tensor:
+    """See `reference.column_mass`; for a call that `tiling` has one for."""
+    (batch, heads, q_len, width), (kv_heads, kv_len) = query.shape, key.shape[1:3]
+    query, key = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key))
+    lse = lse.float().contiguous()
+    mass = torch.empty(batch, heads, kv_len, dtype=torch.float32, device=query.device)
+    seen = lse if keep is None else keep.expand(batch, heads, q_len, kv_len)  # without a mask nothing is read there
+    strides = (0, 0, 0, 0) if keep is None else seen.stride()
+    tiles: dict[str, Any] = vars(tiling(query, tile))
+    columns = triton.cdiv(kv_len, tiles["BLOCK_N"])
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+        column_mass_kernel[(columns * batch * heads,)](
+            query,
+            key,
+            lse,
+            seen,
+            mass,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *strides,
+            heads,
+            heads // kv_heads,
+            q_len,
+            kv_len,
+            scale * LOG2_E.value,
+            WIDTH=width,
+            CAUSAL=is_causal,
+            KEEP=keep is not None,
             **tiles,
         )
     return mass
@@ -208,3 +253,72 @@ def _column_mass(
             weights = tl.where(seen, weights, 0.0)
         mass += tl.sum(tl.sum(weights, 1), 0)
     return mass
+
+
+@triton.jit
+def column_mass_kernel(
+    Q,
+    K,
+    LSE,
+    SEEN,
+    MASS,
+    stride_qb,
+    stride_qh,
+    stride_qs,
+    stride_kb,
+    stride_kh,
+    stride_ks,
+    stride_mb,
+    stride_mh,
+    stride_mq,
+    stride_mk,
+    heads,
+    group,
+    q_len,
+    kv_len,
+    factor,  # scale * log2(e): everything is in powers of two
+    WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    columns = tl.cdiv(kv_len, BLOCK_N)
+    # under the causal rule the first keys have most queries: they begin first
+    batch_heads = tl.num_programs(0) // columns
+    column, batch_head = tl.program_id(0) // batch_heads, tl.program_id(0) % batch_heads
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+
+    tokens, channels = column * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    key = tl.load(
+        K + batch * stride_kb + (head // group) * stride_kh + tokens[None, :] * stride_ks + channels[:, None],
+        mask=(tokens[None, :] < kv_len) & (channels[:, None] < WIDTH),
+        other=0.0,
+    )
+    queries = Q + batch * stride_qb + head * stride_qh
+    seen_here = SEEN + batch * stride_mb + head * stride_mh
+
+    mass = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first = 0
+    if CAUSAL:
+        first = tl.maximum(column * BLOCK_N - (kv_len - q_len), 0) // BLOCK_M * BLOCK_M
+    for start in range(first, q_len, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        query = tl.load(
+            queries + rows[:, None] * stride_qs + channels[None, :],
+            mask=(rows[:, None] < q_len) & (channels[None, :] < WIDTH),
+            other=0.0,
+        )
+        lse = tl.load(LSE + batch_head.to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("-inf"))
+        # what saw nothing, and what does not exist, is at +inf: its probabilities are 0
+        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        weights = tl.exp2(tl.dot(query, key, input_precision="tf32x3") * factor - lse[:, None])
+        if CAUSAL:
+            weights = tl.where(tokens[None, :] <= rows[:, None] + (kv_len - q_len), weights, 0.0)
+        if KEEP:
+            inside = (rows[:, None] < q_len) & (tokens[None, :] < kv_len)
+            where = rows[:, None].to(tl.int64) * stride_mq + tokens[None, :] * stride_mk
+            weights = tl.where(tl.load(seen_here + where, mask=inside, other=0) != 0, weights, 0.0)
+        mass += tl.sum(weights, 0)
+    tl.store(MASS + batch_head.to(tl.int64) * kv_len + tokens, mass, mask=tokens < kv_len)

@@ -11,6 +11,7 @@ def partial(
     value: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
+    is_causal: bool = False,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of `query` over these keys alone.
@@ -18,6 +19,7 @@ def partial(
     Args:
         query: (B, H, S, D). key, value: (B, H or H_kv, G, D), H a multiple of H_kv.
         mask: boolean (True = attend) or additive, broadcastable to (B, H, S, G).
+        is_causal: key j is visible to query i only if j <= i + G - S.
         scale: factor on the products; None = 1 / sqrt(D).
 
     Returns:
@@ -31,6 +33,9 @@ def partial(
     scores = (query @ key.transpose(-1, -2)).to(accurate) * (scale if scale is not None else query.shape[-1] ** -0.5)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(later.triu(1 + scores.shape[-1] - scores.shape[-2]), -torch.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.softmax(scores, -1).masked_fill((lse == -torch.inf)[..., None], 0.0)
     return weights.to(value.dtype) @ value, lse
