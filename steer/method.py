@@ -91,7 +91,7 @@ class Method:
         A method may put cache layers of its own into `cache.layers` while the cache is empty.
         """
 
-    def positions(self, text: Text) -> torch.Tensor | None:
+    def position_ids(self, text: Text) -> torch.Tensor | None:
         """Other position ids, (B or 1, new), for the tokens of a language model's forward; None = as they are."""
         return None
 

@@ -215,7 +215,7 @@ class State:
         """The position ids that a method which is on wants for this forward of a language model."""
         run = self.attachments[key].clock.run
         active = (b.method for b in self.bindings if b.model == key and _runs_now(b, run))
-        wanted = (method.positions(text) for method in active)
+        wanted = (method.position_ids(text) for method in active)
         return next((positions for positions in wanted if positions is not None), None)
 
     def _change_pass(self, key: str, branch: Binding | None) -> None:

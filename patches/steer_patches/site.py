@@ -243,17 +243,22 @@ class Call:
             ValueError: an additive mask that does more than hide keys.
         """
         mask, (queries, keys) = self.mask, (self.query.shape[2], self.key.shape[2])
-        if mask is None:
-            return (None, True) if self.is_causal else (None, False)
         if isinstance(mask, BlockMask):
             rows, heads, *_ = mask.shape
             return create_mask(mask.mask_mod, rows, heads, queries, keys, device=self.query.device), False
-        if mask.ndim == 2:  # (B, S_kv), which tokens are real
-            keep = mask[:, None, None, :keys].bool()
-            if self.is_causal:
-                at = torch.arange(keys, device=keep.device)
-                keep = keep & (at <= at[keys - queries :, None])
-            return keep, False
+        if mask is None or mask.ndim == 2:  # (B, S_kv), which tokens are real: flash attention applies the rules itself
+            window = self.site.window if self.site.window is not None and self.site.window < keys else None
+            if mask is None and window is None:
+                return None, self.is_causal
+            at = torch.arange(keys, device=self.query.device)
+            now = at[keys - queries :, None]
+            keep = (
+                torch.ones(1, 1, 1, 1, dtype=torch.bool, device=at.device)
+                if mask is None
+                else mask[:, None, None, :keys]
+            )
+            keep = keep.bool() & (at <= now) if self.is_causal else keep.bool()
+            return (keep if window is None else keep & (at > now - window)), False
         mask = mask[..., :keys]
         if mask.dtype == torch.bool:
             return mask, False

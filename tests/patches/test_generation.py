@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from probes import Count, Scale, Through, Trip, Tripped, assert_untouched, snapshot
-from tiny import VOCABULARY, build
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from tiny import build
+from tiny_language import MODELS, NEW, PADDING, greedy, inputs
+from transformers import CompileConfig, DynamicCache
 
 import steer
 from steer import Method
@@ -36,48 +19,8 @@ from steer.bind import CompositionError
 from steer_patches.generation import Text
 from steer_patches.site import Call, Next, Site
 
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
-    "mistral_window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL, use_sliding_window=True, **MIXED)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, query_pre_attn_scalar=8, **MIXED)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, query_pre_attn_scalar=8, **MIXED)),
-    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SMALL)),
-}
 WINDOWS = {"mistral_window": [5, 5], "qwen2": [5, None], "gemma2": [5, None], "gemma3": [5, None]}
 every_model = pytest.mark.parametrize("name", MODELS)
-PADDING = 3
-NEW = 6
-
-
-def inputs(side: str = "left", batch: int = 2, tokens: int = 11) -> dict[str, Any]:
-    """Ids, the last row of which is padded."""
-    ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    padded = slice(0, PADDING) if side == "left" else slice(tokens - PADDING, tokens)
-    mask[-1, padded] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def greedy(model: Any, **options: Any) -> torch.Tensor:
-    given = {**inputs(), "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "num_beams": 1}
-    return model.generate(**{**given, **options})
 
 
 @dataclass(kw_only=True)
@@ -279,7 +222,7 @@ def test_positions_of_a_method_are_used() -> None:
         def attend(self, call: Call, next: Next) -> torch.Tensor:
             return next(call)
 
-        def positions(self, text: Text) -> torch.Tensor:
+        def position_ids(self, text: Text) -> torch.Tensor:
             return text.positions * 3
 
     plain = model(ids, position_ids=torch.arange(11)[None] * 3).logits
@@ -357,6 +300,14 @@ def test_what_is_visible_by_padding(dtype: torch.dtype) -> None:
     expected = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     assert torch.equal(keep[0, 0], expected)
     assert torch.equal(keep[1, 0], expected & padding[1].bool())
+    site.window = 2
+    near = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
+    for mask in (padding, None):
+        seen, _ = call.replace(mask=mask).visible()
+        assert seen is not None
+        assert torch.equal(seen[0, 0], near)
+    site.window = 5
+    assert call.replace(mask=None).visible() == (None, True)
 
 
 def test_additive_masks() -> None:
