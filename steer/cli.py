@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -125,11 +126,16 @@ def _open(name: str) -> Any:
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Embedded model name, local folder or hub id of a pipeline.")],
-    method: Annotated[str, typer.Argument(help="A method with a search, e.g. SparseVDiT.")],
+    model: Annotated[
+        str, typer.Argument(help="Embedded model name, local folder or hub id of a pipeline or language model.")
+    ],
+    method: Annotated[str, typer.Argument(help="A method with a search, e.g. SparseVDiT or ACT.")],
     output: Annotated[Path, typer.Option(help="Folder for the fitted method; steer.load reads it.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the data; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="For a language model: JSON Lines of samples, see steer.text_samples.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value: a field of the method, or an option of its search.")
     ] = None,
@@ -138,24 +144,36 @@ def calibrate(
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the search in, and to resume from.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a table and a picture of layers and heads.")] = None,
 ) -> None:
-    """Fit a searched method to a pipeline and some prompts."""
+    """Fit a searched method to a pipeline and some prompts, or to a language model and samples."""
     known = steer.methods()
     if method not in known:
         raise ValueError(f"there is no method {method}; there are {', '.join(known)}")
     lines = prompts.read_text().splitlines() if prompts else []
     texts = [*(prompt or []), *(line.strip() for line in lines if line.strip())]
-    if not texts:
-        raise ValueError("give prompts to calibrate on: --prompt TEXT, or --prompts FILE with one on each line")
+    if bool(texts) == (data is not None):
+        raise ValueError(
+            "give what to calibrate on: --prompt TEXT, or --prompts FILE with one on each line, for a pipeline; --data "
+            "FILE with a JSON object on each line for a language model"
+        )
     given = _assignments("--set", settings or [])
     names = {field.name for field in dataclasses.fields(known[method])}
     chosen = known[method](**{key: value for key, value in given.items() if key in names})
     options = {key: value for key, value in given.items() if key not in names}
     arguments = _assignments("--call", call or [])
-    pipe = _open(model)
+    target: Any
+    samples: list[dict[str, Any]]
+    if data is not None:
+        from steer.text_samples import read_samples
+
+        target, tokenizer = _open_language(model)
+        samples = [{**arguments, **sample} for sample in read_samples(data, tokenizer)]
+    else:
+        target = _open(model)
+        samples = [{**arguments, "prompt": text} for text in texts]
     fitted = steer.calibrate(
-        pipe,
+        target,
         chosen,
-        [{**arguments, "prompt": text} for text in texts],
+        samples,
         seed=seed,
         checkpoint=checkpoint,
         report=report,
@@ -236,6 +254,117 @@ def plot_mask(
     console.print(f"{mask!r} is in {output}", highlight=False, markup=False)
 
 
+@plot_app.command("sinks")
+def plot_sinks(
+    model: Annotated[str, typer.Argument(help="A language model: embedded name, folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    measure: Annotated[
+        str, typer.Option(help="first = mean attention on the first token; sinks = later ones.")
+    ] = "first",
+    alpha: Annotated[float, typer.Option(help="A sink receives more than alpha / tokens.")] = 5.0,
+    text: Annotated[str | None, typer.Option(help="Default: a paragraph that comes with steer.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file in its place.")] = None,
+    tokens: Annotated[int, typer.Option(help="Of the text, at most.", min=2)] = 256,
+    method: Annotated[str | None, typer.Option(help="Draw the model with this method beside it.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: a field of the method.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="Or with the method in this folder.")] = None,
+) -> None:
+    """Draw the attention sinks of a language model: layers down, heads across."""
+    from steer.attention_plots import draw_heads, sink_table
+
+    steered = _steering(method, settings, artifact)
+    target, ids, _ = _read_text(model, text, file, tokens)
+    tables = {"unsteered": sink_table(target, ids, measure, alpha)}
+    if steered is not None:
+        with steer.apply(target, steered):
+            tables[type(steered).__name__] = sink_table(target, ids, measure, alpha)
+    what = "attention on the first token" if measure == "first" else f"sinks after the first token, alpha {alpha:g}"
+    draw_heads(tables, output, title=f"{model}, {ids.shape[1]} tokens", label=what)
+    means = ", ".join(f"{name} {table.float().mean():.3g}" for name, table in tables.items())
+    console.print(f"{what}, mean over heads: {means}; in {output}", highlight=False, markup=False)
+
+
+@plot_app.command("heads")
+def plot_heads(
+    artifact: Annotated[Path, typer.Argument(help="Folder of a saved method.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    table: Annotated[str | None, typer.Option(help="One of its tables; default: all.")] = None,
+    log: Annotated[bool, typer.Option(help="Colours on a logarithmic scale.")] = False,
+) -> None:
+    """Draw what a saved method has for every layer and head: scores, chosen heads, windows."""
+    from steer.attention_plots import draw_heads, head_tables
+
+    method = steer.load(str(artifact))
+    tables = head_tables(method)
+    if table is not None and table not in tables:
+        raise ValueError(f"{artifact} has no table {table!r}; it has {', '.join(tables)}")
+    for number, (name, values) in enumerate(tables.items() if table is None else [(table, tables[table])]):
+        path = output if number == 0 else output.with_stem(f"{output.stem}-{name}")
+        draw_heads({name: values}, path, title=type(method).__name__, log=log)
+        console.print(f"{name}, {values.shape[0]} layers x {values.shape[1]} heads, is in {path}", highlight=False)
+
+
+@plot_app.command("attention")
+def plot_attention(
+    model: Annotated[str, typer.Argument(help="A language model: embedded name, folder or hub id.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    layer: Annotated[int, typer.Option(help="Number of the layer; negative ones count from the last.")] = 0,
+    head: Annotated[int | None, typer.Option(help="Query head; default: the mean over all.")] = None,
+    log: Annotated[bool, typer.Option(help="Colours on a logarithmic scale.")] = False,
+    text: Annotated[str | None, typer.Option(help="Default: a paragraph that comes with steer.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A text file in its place.")] = None,
+    tokens: Annotated[int, typer.Option(help="Of the text, at most.", min=2)] = 256,
+    method: Annotated[str | None, typer.Option(help="Draw the model with this method.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: a field of the method.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="Or with the method in this folder.")] = None,
+) -> None:
+    """Draw an attention map of a language model: queries down, keys across; a short text is written beside it."""
+    from steer.attention_plots import attention_map, draw_map
+
+    steered = _steering(method, settings, artifact)
+    target, ids, names = _read_text(model, text, file, tokens)
+    with steer.apply(target, steered) if steered is not None else contextlib.nullcontext():
+        weights = attention_map(target, ids, layer, head)
+    which = "mean over heads" if head is None else f"head {head}"
+    draw_map(weights, output, names, title=f"{model}, layer {layer}, {which}", log=log)
+    console.print(f"{ids.shape[1]} tokens, {which} of layer {layer}, in {output}", highlight=False, markup=False)
+
+
+def _read_text(name: str, text: str | None, file: Path | None, tokens: int) -> tuple[Any, torch.Tensor, list[str]]:
+    """A language model, the first tokens of a text (1, S), and each of them as text."""
+    from steer.attention_plots import TEXT
+
+    if text is not None and file is not None:
+        raise ValueError("give --text or --file, not both")
+    text = text if text is not None else file.read_text() if file is not None else TEXT
+    model, tokenizer = _open_language(name)
+    ids = tokenizer(text).input_ids[:tokens]
+    return model, torch.tensor([ids], device=model.device), [tokenizer.decode([token]) for token in ids]
+
+
+def _open_language(name: str) -> tuple[Any, Any]:
+    """A language model and its tokenizer."""
+    for entry in entry_points(group="steer.loaders"):
+        loaded = entry.load()(name)
+        if not (isinstance(loaded, tuple) and isinstance(loaded[1], transformers.PreTrainedTokenizerBase)):
+            cls = type(loaded[0] if isinstance(loaded, tuple) else loaded).__name__
+            raise ValueError(f"{name} is a {cls}, and a language model is wanted here")
+        return loaded
+    model = transformers.AutoModelForCausalLM.from_pretrained(name)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(name)
+
+
+def _steering(method: str | None, settings: Sequence[str] | None, artifact: Path | None) -> Method | None:
+    """The method that the options of a command name; None if they name none."""
+    if method is not None and artifact is not None:
+        raise ValueError("give --method or --artifact, not both")
+    if settings and method is None:
+        raise ValueError("--set sets fields of a method: give --method too")
+    if artifact is not None:
+        return steer.load(str(artifact))
+    return None if method is None else _sparse(method, settings)
+
+
 def _sparse(name: str, settings: Sequence[str] | None) -> Any:
     """A method by name with the fields of `--set`."""
     known = steer.methods()
@@ -288,6 +417,23 @@ def bench_kernels(
         tune_kernels.tune(tune, repeats, console)
         return
     bench_kernels.run(device=device, repeats=repeats, small=small, only=only, output=output, plot=plot, console=console)
+
+
+@bench_app.command("act")
+def bench_act(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A language model to take the tensors from; default: drawn ones of SmolLM2's shapes."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each variant; the median counts.", min=1)] = 7,
+    small: Annotated[bool, typer.Option(help="A tiny setting that shows the mechanics, not the speed.")] = False,
+    output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Calibrated attention (ACT) beside plain attention and beside the published edit of the whole map."""
+    from steer import bench_act
+
+    opened, tokenizer = (None, None) if model is None else _open_language(model)
+    bench_act.run(model=opened, tokenizer=tokenizer, repeats=repeats, small=small, output=output, console=console)
 
 
 def main() -> None:

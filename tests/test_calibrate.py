@@ -293,7 +293,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for wrong, message in (
         (["calibrate", "any", "Sparse", "--output", "x"], "there is no method Sparse; there are"),
-        (["calibrate", "any", "SparseVDiT", "--output", "x"], "give prompts to calibrate on"),
+        (["calibrate", "any", "SparseVDiT", "--output", "x"], "give what to calibrate on"),
         ([*told, "--set", "epsilon"], "--set 'epsilon' is not understood; write --set key=value"),
     ):
         failed = CliRunner().invoke(cli.app, wrong)
