@@ -11,10 +11,10 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo models test test-slow gpu lint format clean
+.PHONY: help demo models test test-slow test-harness gpu lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo  ## draw pictures with and without guidance, with the embedded model
 	$(BIN)/steer generate $(ARGS)
@@ -27,6 +27,9 @@ test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-harness: $(VENV)/.test $(VENV)/.eval $(VENV)/.smollm2  ## run the lm-evaluation-harness on a steered model
+	$(BIN)/python -m pytest tests/demos/test_lm_eval_adapter.py $(ARGS)
 
 gpu: $(VENV)/.test $(VENV)/.smollm2  ## on a machine with a CUDA device: the GPU tests, kernel settings tuned, benchmarks into benchmarks/
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -55,7 +58,7 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.eval: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e ".[$*]"
 	@touch $@
 

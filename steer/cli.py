@@ -155,11 +155,11 @@ def calibrate(
             "give what to calibrate on: --prompt TEXT, or --prompts FILE with one on each line, for a pipeline; --data "
             "FILE with a JSON object on each line for a language model"
         )
-    given = _assignments("--set", settings or [])
+    given = assignments("--set", settings or [])
     names = {field.name for field in dataclasses.fields(known[method])}
     chosen = known[method](**{key: value for key, value in given.items() if key in names})
     options = {key: value for key, value in given.items() if key not in names}
-    arguments = _assignments("--call", call or [])
+    arguments = assignments("--call", call or [])
     target: Any
     samples: list[dict[str, Any]]
     if data is not None:
@@ -183,7 +183,7 @@ def calibrate(
     console.print(f"{fitted.describe()} is in {output}", highlight=False, markup=False)
 
 
-def _assignments(option: str, given: Sequence[str]) -> dict[str, Any]:
+def assignments(option: str, given: Sequence[str]) -> dict[str, Any]:
     """`key=value` pairs; values are JSON, or text where they are none."""
     pairs = {}
     for text in given:
@@ -370,7 +370,7 @@ def _sparse(name: str, settings: Sequence[str] | None) -> Any:
     known = steer.methods()
     if name not in known:
         raise ValueError(f"there is no method {name}; there are {', '.join(known)}")
-    given, names = _assignments("--set", settings or []), [field.name for field in dataclasses.fields(known[name])]
+    given, names = assignments("--set", settings or []), [field.name for field in dataclasses.fields(known[name])]
     for key in given:
         if key not in names:
             raise ValueError(f"{name} has no field {key!r}; it has {', '.join(names)}")
