@@ -24,6 +24,7 @@ from steer.method import Method
 from steer_demos import models
 from steer_demos.language_suites import FIRST_SEED, SEARCH_SEED, SUITES, Bench, Rows, suite
 
+WIDEST = 3  # figures beside each other in a table
 COUNTED = ("cache_bytes", "number_of_heads", "density", "kept_share", "rank_correlation", "padding_error")
 
 
@@ -126,15 +127,26 @@ def show(step: str, rows: Rows, seconds: float) -> None:
     names: list[str] = []
     for row in rows.values():
         names += [name for name in row if name not in names and (is_figure(row[name]) or name in COUNTED)]
-    table = Table(Column(step, no_wrap=True), *names)
+    table = Table(Column(step, no_wrap=True), *(names if len(names) <= WIDEST else ("", "")))
     for title, row in rows.items():
-        table.add_row(title, *(cell(row.get(name)) for name in names))
+        add_row(table, title, row, names)
         for against in row:
             if against.startswith("against_"):
-                table.add_row(f"  {against.replace('_', ' ')}", *(cell(row[against].get(name), "+") for name in names))
+                add_row(table, f"  {against.replace('_', ' ')}", row[against], names, "+")
     console = Console()
     console.print(table)
     console.print(f"{seconds:.0f} s; in brackets 95 % bootstrap intervals; torch {torch.__version__}")
+
+
+def add_row(table: Table, title: str, row: Mapping[str, Any], names: list[str], sign: str = "") -> None:
+    """The figures of one row side by side, or below one another where they are too many for a terminal."""
+    if len(names) <= WIDEST:
+        table.add_row(title, *(cell(row.get(name), sign) for name in names))
+        return
+    for name in names:
+        if row.get(name) is not None:
+            table.add_row(title, name, cell(row[name], sign))
+            title = ""
 
 
 def is_figure(value: Any) -> bool:

@@ -40,7 +40,8 @@ from steer_demos.language_words import (
 
 Sample = dict[str, Any]
 
-PASSKEY_QUESTION = "What is the pass key?"
+PASSKEY_OPENING = "There is a pass key in this text."
+PASSKEY_QUESTION = "What is the pass key in the text?"
 PASSKEY_ANSWER = "The pass key is"
 
 
@@ -52,7 +53,10 @@ def sentence(draw: random.Random) -> str:
 
 
 def passkey(tokenizer: Any, tokens: int, depth: float, seed: int, digits: int = 5, chat: bool = True) -> Sample:
-    """A number, stated twice in a row in a long text, with the beginning of the answer that asks for it.
+    """A number, stated twice in a paragraph of its own in a long text, and the beginning of the answer to its question.
+
+    Small models need to be told what to look for: without the opening and the paragraphs SmolLM2-135M loses the number
+    from 2k tokens on.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -71,7 +75,11 @@ def passkey(tokenizer: Any, tokens: int, depth: float, seed: int, digits: int = 
     draw = random.Random(f"passkey {seed} {tokens} {depth}")
     key = str(draw.randrange(10 ** (digits - 1), 10**digits))
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return hidden(tokenizer, draw, tokens, depth, needle, needle, PASSKEY_QUESTION, PASSKEY_ANSWER, key, chat)
+
+    def content(before: str, after: str) -> str:
+        return "\n\n".join(part for part in (PASSKEY_OPENING, before, needle, after, PASSKEY_QUESTION) if part)
+
+    return hidden(tokenizer, draw, tokens, depth, content, needle, PASSKEY_ANSWER, key, chat)
 
 
 def word_needle(tokenizer: Any, tokens: int, depth: float, seed: int, chat: bool = True) -> Sample:
@@ -84,7 +92,11 @@ def word_needle(tokenizer: Any, tokens: int, depth: float, seed: int, chat: bool
     key = "eat a {} {} sandwich and sit near the {} {}".format(*words)
     start = f"The best thing to do in {city} is to"
     question = f"What is the best thing to do in {city}?"
-    return hidden(tokenizer, draw, tokens, depth, f"{start} {key}.", key, question, start, key, chat)
+
+    def content(before: str, after: str) -> str:
+        return " ".join(part for part in (before, f"{start} {key}.", after, question) if part)
+
+    return hidden(tokenizer, draw, tokens, depth, content, key, start, key, chat)
 
 
 def recall(tokenizer: Any, pairs: int, seed: int, chat: bool = True) -> Sample:
@@ -183,19 +195,17 @@ def hidden(
     draw: random.Random,
     tokens: int,
     depth: float,
-    needle: str,
+    content: Callable[[str, str], str],
     marked: str,
-    question: str,
     answer_start: str,
     key: str,
     chat: bool,
 ) -> Sample:
-    """A needle between sentences, `tokens` long with the question; `needle` in the sample is the span of `marked`."""
+    """`content` with sentences before and after its needle, `tokens` long; `needle` is the span of `marked`."""
 
     def prompt_with(sentences: Sequence[str]) -> str:
         at = round(depth * len(sentences))
-        lines = [*sentences[:at], needle, *sentences[at:], question]
-        return asked(tokenizer, " ".join(lines), answer_start, chat)
+        return asked(tokenizer, content(" ".join(sentences[:at]), " ".join(sentences[at:])), answer_start, chat)
 
     sentences = fill(tokenizer, draw, prompt_with, tokens, chat)
     prompt = prompt_with(sentences)

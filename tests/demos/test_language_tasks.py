@@ -42,7 +42,7 @@ def test_the_chat_template_and_the_forced_answer_are_there(tokenizer) -> None:
     ids = passkey(tokenizer, 400, 0.5, 0)["input_ids"][0]
     assert tokenizer.decode(ids).endswith("?<end>\n<assistant>\nThe pass key is")
     plain = tokenizer.decode(passkey(tokenizer, 400, 0.5, 0, chat=False)["input_ids"][0])
-    assert "<assistant>" not in plain and plain.endswith("What is the pass key? The pass key is")
+    assert "<assistant>" not in plain and plain.endswith("What is the pass key in the text? The pass key is")
 
 
 def test_too_few_tokens_are_refused(tokenizer) -> None:
