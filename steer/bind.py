@@ -145,16 +145,19 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
 
 
 def _check_family(method: Method, family: Family | None, model: torch.nn.Module) -> None:
-    """Raise `CompositionError` where a method needs a grid of tokens, or a video, that the model does not have."""
+    """Raise `CompositionError` where a method needs what the model does not have: a grid of tokens, a plain softmax."""
     reason = unfit(type(method), family)
     if reason:
-        able = [f.name for f in FAMILIES if unfit(type(method), f) is None]
+        kinds = set(method.kinds)
+        able = [f.name for f in FAMILIES if unfit(type(method), f) is None and kinds & set(f.kinds.values())]
         what = family.name if family else type(model).__name__
         raise CompositionError(f"{type(method).__name__} cannot run on {what}: {reason}. It works on {', '.join(able)}")
 
 
 def unfit(method: type[Method], family: Family | None) -> str | None:
-    """Why a method that needs a token grid or a video cannot work on models of a family; None if it can."""
+    """Why a method cannot work on models of a family, by what it needs of them; None if it can."""
+    if method.needs_softmax and family is not None and family.caps_scores:
+        return "it caps its attention scores"
     if not (method.needs_grid or method.needs_video):
         return None
     if family is None or family.grid is None:

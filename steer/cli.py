@@ -85,7 +85,12 @@ def _cell(method: type[Method], family: Family) -> str:
         return "–"
     preset = family.preset(method.__name__)
     if preset is not None:
-        return f"`{preset.settings['layers']}`" if "layers" in preset.settings else "published"
+        settings = preset.settings
+        if issubclass(method, Sparse):
+            return "published"
+        if "layers" in settings:
+            return f"`{settings['layers']}`"
+        return f"`{', '.join(f'{key}={json.dumps(value)}' for key, value in settings.items())}`"
     return getattr(method, "without_preset", "give `layers=`")
 
 

@@ -48,6 +48,7 @@ class Method:
     every_port: ClassVar[bool] = False  # also the calls of image prompts and the like
     any_order: ClassVar[bool] = False  # does not look at where on the grid a token is
     needs_video: ClassVar[bool] = False  # makes no sense on single images
+    needs_softmax: ClassVar[bool] = False  # reckons with a softmax of scaled products, which capped scores are not
     needs_grid: ClassVar[bool] = False  # every site must have the same, known grid of tokens
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:

@@ -200,6 +200,7 @@ class Windowed(Method, register=False):
     stage: ClassVar[str] = "kernel"
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     default_layers: ClassVar[str] = "*"
+    without_preset: ClassVar[str] = "`steer.calibrate`"  # what the table of methods says, see `steer.sparse.Sparse`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -283,7 +284,8 @@ class Windowed(Method, register=False):
                     f"the attention mask at {call.site.name} does more than hide later tokens and padding, as masks of "
                     f"packed texts do: {type(self).__name__} cannot tell what is first and what is latest"
                 )
-            if is_softmax(call) and not _has_gradient(call):
+            same_width = call.query.shape[3] == call.value.shape[3]  # else no kernel skips blocks
+            if is_softmax(call) and same_width and not _has_gradient(call):
                 return self.over_prompt(call, ready)
         return self.over_all(call, next, ready)
 
@@ -367,6 +369,11 @@ class Windowed(Method, register=False):
     def _layer(self, cache: Cache, site: Site, heads: torch.Tensor | None) -> WindowedLayer | None:
         """The layer that evicts at a site, where the cache does not have it yet and some head does not see all."""
         name, layer, text = type(self).__name__, _layer_of(cache, site), site.scope.text
+        if any(cache.is_dummy):
+            raise ValueError(
+                f"{name}(evict=True) cannot be used where layers share keys, as those of {site.name} are or may be. Give "
+                "evict=False: it computes the same on any cache, and saves no memory"
+            )
         groups = tuple(group.kept for group in self._windows(site, heads).groups(site.kv_heads))
         if isinstance(layer, WindowedLayer):
             if layer.groups != groups:

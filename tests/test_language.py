@@ -245,3 +245,21 @@ def test_gradients(case: str) -> None:
     slope, gradient = float(ends[0] - ends[1]) / 2 / size, float(embedded.grad[0, at].sum())
     assert gradient
     assert abs(slope - gradient) < 0.01 * abs(gradient) + 1e-3
+
+
+def test_capped_scores() -> None:
+    """Gemma 2: what reckons with a plain softmax is refused when it is applied; the others work on the eager base."""
+    model = model_of("gemma2")
+    model.set_attn_implementation("eager")
+    before, plain = snapshot(model), model(**prompt()).logits
+    with pytest.raises(steer.CompositionError, match="ACT cannot run on Gemma 2: it caps"):
+        steer.apply(model, steer.ACT(layers="*"))
+    assert_untouched(before, model)
+    real = prompt()["attention_mask"].bool()
+    for case in set(CASES) - {"ACT"}:
+        with steer.apply(model, CASES[case][0](model)):
+            edited = model(**prompt()).logits
+            assert not torch.allclose(edited[real], plain[real], atol=1e-4)
+            greedy(model, **prompt())
+    with steer.apply(model, steer.StreamingLLM()) as handle:
+        assert "positions='original'" in handle.summary()

@@ -235,7 +235,8 @@ def needles(bench: Bench, lengths: tuple[int, ...], seed: int) -> list[Sample]:
 def spared_heads(bench: Bench) -> Rows:
     """Pass keys where half of the KV heads keep everything: those that retrieve, and those that do so least."""
     plan: Plan = (bench.found.get("heads") or retrieval(bench)).plan
-    opposite = replace(plan, tensors={**plan.tensors, "score": -plan.tensors["score"]})
+    turned = {name: -plan.tensors[name] for name in ("score", "reach")}
+    opposite = replace(plan, tensors={**plan.tensors, **turned})
     tokens, window, trials = (256, 96, 1) if bench.small else (900, 256, 1)
     shared: dict[str, Any] = {"share": 0.5, "sink": 4, "recent": window}
     methods: dict[str, Method | None] = {
@@ -268,7 +269,7 @@ def retrieval(bench: Bench) -> Any:
 
 
 def calibrated_heads(bench: Bench, task: str) -> Rows:
-    """ACT with the heads that its search finds, and with random ones, on questions that the search did not see."""
+    """ACT with the heads that its search finds, with all and with random ones, on questions the search did not see."""
     searched, judged = (4, 8) if bench.small else (64, 250)
     data = questions(bench.tokenizer, task, searched, SEARCH_SEED)
     seen = {tuple(sample["input_ids"][0].tolist()) for sample in data}
@@ -280,7 +281,7 @@ def calibrated_heads(bench: Bench, task: str) -> Rows:
     fitted: Any = steer.calibrate(bench.model, method, data, **options)
     chosen = {name: tuple(found) for name, found in (fitted.heads or {}).items()}
     among = [site for site in bench.sites() if site.layer >= method.dense_layers]
-    configs: dict[str, Method | None] = {"dense": None, "ACT, heads found": fitted}
+    configs: dict[str, Method | None] = {"dense": None, "ACT, heads found": fitted, "ACT, all heads": method}
     for seed in range(2):
         drawn = as_many_random_heads(chosen, among, seed)
         if drawn:

@@ -74,6 +74,7 @@ class Family:
         splits_rows: True where the processor computes attention row by row.
         main_port: port of the ordinary attention call, where a processor has others before it.
         video: True where the grid may have several frames.
+        caps_scores: True where attention scores are capped before the softmax.
         text_tokens: (model, forward arguments) -> text tokens of a joint sequence, None where each row has its own.
         presets: method name -> known-good settings, or several of them, the default first.
     """
@@ -90,6 +91,7 @@ class Family:
     splits_rows: bool = False
     main_port: int = 0
     video: bool = False
+    caps_scores: bool = False
     text_tokens: Callable[[torch.nn.Module, Mapping[str, Any]], int | None] = text_length
     presets: Mapping[str, Preset | tuple[Preset, ...]] = field(default_factory=dict)
 

@@ -70,6 +70,8 @@ class ACT(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     stage: ClassVar[str] = "kernel"
+    needs_softmax: ClassVar[bool] = True
+    without_preset: ClassVar[str] = "`steer.calibrate`"
     default_layers: ClassVar[str] = "*"
 
     def __post_init__(self) -> None:

@@ -59,6 +59,7 @@ class RetrievalHeads(Method):
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     stage: ClassVar[str] = "inputs"
+    without_preset: ClassVar[str] = "`steer.calibrate`"
     default_layers: ClassVar[str] = "*"
 
     def __post_init__(self) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from steer.state import CompositionError
+from steer.bind import CompositionError
 from steer.windowed import Group, Ready, Sites, Windowed, Windows, is_softmax, sink_window
 from steer_kernels import block_sparse_attention, merge, partial
+from steer_patches.family import Family
 from steer_patches.rotary import Rotary, rotary_of, turn
 from steer_patches.site import Call, Next, Scope, Site
 from steer_patches.windowed_cache import WindowedLayer
@@ -42,7 +43,8 @@ class StreamingLLM(Windowed):
         n_sink: first tokens that are kept. 4 is enough for any model; 1 where texts begin with a token of their own.
         n_recent: latest tokens that are kept, the query's own included.
         positions: "cache", as published, or "original": distances are those in the text. Both are the same up to
-            n_sink + n_recent tokens. "original" is exactly the masked model, right up to the trained length.
+            n_sink + n_recent tokens. "original" is exactly the masked model, right up to the trained length. None =
+            "cache", but "original" for families whose preset says so.
         evict: see `Windowed`.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, section 3.2. The
@@ -51,7 +53,9 @@ class StreamingLLM(Windowed):
 
     n_sink: int = 4
     n_recent: int = 1020
-    positions: str = "cache"
+    positions: str | None = None
+
+    without_preset: ClassVar[str] = "yes"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +63,13 @@ class StreamingLLM(Windowed):
             raise ValueError(
                 f"n_sink={self.n_sink}, n_recent={self.n_recent}: sinks may be 0, and at least one recent token is kept"
             )
-        if self.positions not in POSITIONS:
+        if self.positions not in (None, *POSITIONS):
             raise ValueError(f"positions={self.positions!r} does not exist; choose from {', '.join(POSITIONS)}")
+
+    def resolved(self, family: Family | None, has_clock: bool) -> StreamingLLM:
+        preset = family.preset("StreamingLLM") if family else None
+        settings = preset.settings if preset else {}
+        return replace(self, positions=self.positions or settings.get("positions", "cache"))
 
     def windows(self, site: Site, tokens: int) -> Windows:
         return Windows(self.n_sink, (self.n_recent,) * site.heads)

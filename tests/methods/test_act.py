@@ -12,9 +12,9 @@ import pytest
 import torch
 from dense import dense_attention
 from tiny import VOCABULARY, build
-from tiny_language import MODELS, NEW, greedy, inputs
+from tiny_language import MODELS, NEW, SMALL, greedy, inputs
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache, VaultGemmaConfig, VaultGemmaForCausalLM
 from typer.testing import CliRunner
 
 import steer
@@ -354,8 +354,10 @@ def test_neutral_settings_and_default_layers() -> None:
 
 
 def test_refuses_what_is_no_plain_softmax() -> None:
-    model = build(MODELS["gemma2"])
-    model.set_attn_implementation("eager")
+    with pytest.raises(steer.CompositionError, match="Gemma 2: it caps its attention scores"):
+        steer.apply(build(MODELS["gemma2"]), ACT(dense_layers=0))
+    capped = VaultGemmaConfig(**SMALL, query_pre_attn_scalar=8, attn_implementation="eager")  # a family without a file
+    model = build(lambda: VaultGemmaForCausalLM(capped))
     with (
         steer.apply(model, ACT(dense_layers=0)),
         pytest.raises(ValueError, match=r"layers\.0\.self_attn also has softcap"),

@@ -297,12 +297,15 @@ def test_logit_caps_are_refused_with_cache_positions() -> None:
     config = Gemma2Config(**SMALL, **HEADS, layer_types=["full_attention"] * 2, attn_implementation="eager")
     model = build(lambda: Gemma2ForCausalLM(config))
     with (
-        steer.apply(model, streaming()),
+        steer.apply(model, streaming(positions="cache")),
         pytest.raises(ValueError, match='parts of such attention cannot be merged: give positions="original"'),
     ):
         logits(model, tokens(), [TOKENS])
+    with steer.apply(model, streaming()):  # the family's preset: original positions
+        preset = logits(model, tokens(), CHUNKS["prompt"])
     with steer.apply(model, streaming(positions="original")):
-        assert logits(model, tokens(), CHUNKS["prompt"]).isfinite().all()
+        assert torch.equal(logits(model, tokens(), CHUNKS["prompt"]), preset)
+    assert preset.isfinite().all()
 
 
 @pytest.mark.parametrize(
