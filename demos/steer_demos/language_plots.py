@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -90,6 +91,7 @@ def head_map(rows: Rows, key: str, label: str) -> Figure:
     for panel, (title, row) in zip(panels[0], rows.items(), strict=True):
         image = panel.imshow(np.array(row[key]), vmin=0, vmax=highest or 1, cmap="viridis", aspect="auto")
         panel.set_xlabel("head")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_title(title, fontsize=8)
     panels[0, 0].set_ylabel("layer")
     picture.colorbar(image, ax=panels[0].tolist(), label=label)
