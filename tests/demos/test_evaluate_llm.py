@@ -294,3 +294,76 @@ def test_a_model_that_writes_nothing_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(evaluate_llm.models, "load", lambda name: object())
     with pytest.raises(ValueError, match="emoji-wan is no language model"):
         evaluate_command("emoji-wan")
+
+
+def documented(suite: str) -> tuple[dict, str]:
+    """The steps of a suite as they were measured, and the page that quotes them, without line breaks."""
+    root = Path(__file__).resolve().parents[2]
+    steps = json.loads((root / f"benchmarks/llm-{suite}.json").read_text(encoding="utf-8"))["steps"]
+    return steps, " ".join((root / "docs/methods/language.md").read_text(encoding="utf-8").split())
+
+
+def per_cent(figure: dict) -> str:
+    return f"{100 * figure['mean']:.1f}"
+
+
+@pytest.mark.parametrize("task", ["sentiment", "topic"])
+def test_documented_gain_of_a_search(task: str) -> None:
+    steps, page = documented("calibration")
+    dense, found, every, *random = (row["accuracy"] for row in steps[task].values())
+    gain = steps[task]["ACT, heads found"]["against_dense"]["accuracy"]
+    low, high = (f"{100 * end:.1f}" for end in gain["interval"])
+    row = [f"| {task}, {steps[task]['ACT, heads found']['number_of_heads']} heads found", per_cent(dense)]
+    row += [per_cent(found), f"+{per_cent(gain)} [{low}, {high}]", per_cent(every), ", ".join(map(per_cent, random))]
+    assert " | ".join(row) in page
+    assert {figure["samples"] for figure in (dense, found, every, *random)} == {250}
+
+
+def test_documented_losses() -> None:
+    steps, page = documented("streaming")
+    names = {
+        "loss: dense": "dense",
+        "loss: 4 sinks": "sinks 4, window 1020",
+        'loss: 4 sinks, `positions="original"`': "sinks 4, window 1020, original positions",
+        "loss: no sinks": "sinks 0, window 1024",
+    }
+    for title, name in names.items():
+        parts = {part["tokens"]: part for part in steps["template text"][name]["parts"]}
+        losses = [f"{parts[tokens]['loss']['mean']:.2f}" for tokens in (1024, 4096, 8192, 16384) if tokens in parts]
+        assert f"| {title} | {' | '.join(losses)} |" in page
+        held = {part["cache_bytes"] for part in parts.values()}
+        assert name == "dense" or held == {47_185_920}
+
+
+def test_documented_facts() -> None:
+    steps, page = documented("facts")
+    cells = steps["passkey"]["dense"]["cells"]
+    assert {cell["tokens"] for cell in cells} == {512, 1024, 2048, 4096}
+    assert steps["passkey"]["dense"]["found"]["mean"] == 1
+    windows = {name: row["found"]["mean"] for name, row in steps["window passkey"].items()}
+    assert windows == {name: float("sinks" not in name or "inside" in name) for name in windows}
+    heads = steps["heads"]
+    assert [heads[name]["found"]["mean"] for name in heads] == [1, 0, 1, 1]
+    scores = heads["dense"]
+    assert f"{scores['heads_above_0.1']} score at least 0.1 and {scores['heads_above_0.5']} at least 0.5" in page
+    assert f"rank correlation of {scores['rank_correlation']:.2f}" in page
+    assert all(f"({score:.2f})" in page for _, _, score in scores["top"][:5])
+    losses = [f"{row['loss']['mean']:.2f}" for row in steps["window loss"].values()]
+    assert f"dense {losses[0]}; 4 sinks {losses[1]}, one {losses[2]}, none {losses[3]}" in page
+    spared = steps["spared heads"]
+    assert [row["found"]["mean"] for row in spared.values()] == [1, 1, 0]
+    dense, kept, _ = (row["cache_bytes"] / 1e6 for row in spared.values())
+    assert f"holds {kept:.1f} MB, dense {dense:.1f} MB" in page
+
+
+def test_documented_windows_of_heads() -> None:
+    steps, page = documented("moa")
+    rows = steps["windows"]
+    for budget in ("0.5", "0.25"):
+        for title, name in {f"{budget} | MoA": "MoA, ", " | one window for all": "one window, same cache, "}.items():
+            row = rows[name + budget]
+            digits = 3 if row["kl"]["mean"] < 0.1 else 2 if row["kl"]["mean"] < 1 else 1
+            low, high = row["kl"]["interval"]
+            kl = f"{row['kl']['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            right = f"{10 * row['right']['mean']:.0f} of 10"
+            assert f"{title} | {row['kept_share']:.2f} | {row['density']:.2f} | {kl} | {right} |" in page
