@@ -292,7 +292,7 @@ def plot_sinks(
 @plot_app.command("heads")
 def plot_heads(
     artifact: Annotated[Path, typer.Argument(help="Folder of a saved method.")],
-    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write; of several tables, with the table's name added.")],
     table: Annotated[str | None, typer.Option(help="One of its tables; default: all.")] = None,
     log: Annotated[bool, typer.Option(help="Colours on a logarithmic scale.")] = False,
 ) -> None:
@@ -303,8 +303,9 @@ def plot_heads(
     tables = head_tables(method)
     if table is not None and table not in tables:
         raise ValueError(f"{artifact} has no table {table!r}; it has {', '.join(tables)}")
-    for number, (name, values) in enumerate(tables.items() if table is None else [(table, tables[table])]):
-        path = output if number == 0 else output.with_stem(f"{output.stem}-{name}")
+    chosen = tables if table is None else {table: tables[table]}
+    for name, values in chosen.items():
+        path = output if len(chosen) == 1 else output.with_stem(f"{output.stem}-{name}")
         draw_heads({name: values}, path, title=type(method).__name__, log=log)
         console.print(f"{name}, {values.shape[0]} layers x {values.shape[1]} heads, is in {path}", highlight=False)
 
