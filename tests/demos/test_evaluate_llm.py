@@ -358,9 +358,11 @@ def test_documented_facts() -> None:
 
 def test_documented_windows_of_heads() -> None:
     steps, page = documented("moa")
-    rows = steps["windows"]
+    published, _ = documented("moa-published")
+    rows = steps["windows"] | {f"published, {b}": published["windows"][f"MoA, {b}"] for b in ("0.5", "0.25")}
     for budget in ("0.5", "0.25"):
-        for title, name in {f"{budget} | MoA": "MoA, ", " | one window for all": "one window, same cache, "}.items():
+        titles = {f"{budget} | MoA": "MoA, ", " | MoA, published measure": "published, "}
+        for title, name in {**titles, " | one window for all": "one window, same cache, "}.items():
             row = rows[name + budget]
             digits = 3 if row["kl"]["mean"] < 0.1 else 2 if row["kl"]["mean"] < 1 else 1
             low, high = row["kl"]["interval"]
