@@ -348,25 +348,21 @@ def _attend_again(
     O_N is the attention to what is no sink; a query that sees only sinks keeps its output.
     """
     (q_len, kv_len), group = (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
-    b, h = again.any(2).nonzero(as_tuple=True)
-    places = _places(again[b, h], int(again.sum(-1).max()))
-    keys, values = (t[b, h // group].to(_accurate(query)) for t in (key, value))
-    hidden = sinks[b, h, None]
+    exact, position = _accurate(query), torch.arange(kv_len, device=query.device)
     shown = None if keep is None else keep.expand(*query.shape[:2], q_len, kv_len)
-    for place in places.split(ROWS, 1):
-        real, place = place < q_len, place.clamp(max=q_len - 1)
-        at = b[:, None], h[:, None], place
-        unseen = hidden
-        if causal:
-            last = place[..., None] + (kv_len - q_len)
-            unseen = unseen | (torch.arange(kv_len, device=query.device) > last)
-        if shown is not None:
-            unseen = unseen | ~shown[at]
-        scores = ((query[at].to(keys.dtype) * scale) @ keys.mT).masked_fill(unseen, -torch.inf)
-        any_other = scores.amax(-1, keepdim=True) > -torch.inf
-        mean = torch.softmax(scores, -1) @ values
-        edited = torch.where(any_other, beta * out[at] + (1 - beta) * mean, out[at]).to(out.dtype)
-        result[b[:, None].expand_as(place)[real], h[:, None].expand_as(place)[real], place[real]] = edited[real]
+    for b, h in again.any(2).nonzero().tolist():
+        for rows in again[b, h].nonzero().flatten().split(ROWS):
+            end = int(rows[-1]) + kv_len - q_len + 1 if causal else kv_len
+            unseen = sinks[b, h, :end]
+            if causal:
+                unseen = unseen | (position[:end] > rows[:, None] + (kv_len - q_len))
+            if shown is not None:
+                unseen = unseen | ~shown[b, h, rows, :end]
+            keys, values = (t[b, h // group, :end].to(exact) for t in (key, value))
+            scores = ((query[b, h, rows].to(exact) * scale) @ keys.mT).masked_fill(unseen, -torch.inf)
+            any_other = scores.amax(-1, keepdim=True) > -torch.inf
+            mean, plain = torch.softmax(scores, -1) @ values, out[b, h, rows]
+            result[b, h, rows] = torch.where(any_other, beta * plain + (1 - beta) * mean, plain).to(out.dtype)
 
 
 def _places(marked: torch.Tensor, most: int) -> torch.Tensor:
