@@ -66,13 +66,20 @@ def _state_of(target: Any) -> State | None:
     state = target.__dict__.get("_steer_state")
     if state is not None:
         return state
-    if isinstance(target, DiffusionPipeline):
-        for key, model in models_of(target).items():
-            if model.__dict__.get("_steer_state") is not None:
-                raise CompositionError(
-                    f"pipe.{key} is steered already, on its own or through another pipeline; "
-                    f"call steer.remove(pipe.{key}) first"
-                )
+    if not isinstance(target, DiffusionPipeline):
+        taken = [name for name, module in plain(target).named_modules() if "_steer_site" in module.__dict__]
+        if taken:
+            raise CompositionError(
+                f"{taken[0]} is steered already, through a model that this {type(plain(target)).__name__} is a part "
+                "of, or that is a part of it; remove that handle first"
+            )
+        return None
+    for key, model in models_of(target).items():
+        if model.__dict__.get("_steer_state") is not None:
+            raise CompositionError(
+                f"pipe.{key} is steered already, on its own or through another pipeline; "
+                f"call steer.remove(pipe.{key}) first"
+            )
     return None
 
 

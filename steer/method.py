@@ -108,6 +108,11 @@ class Method:
         """Whether `entry_order` may ever ask for another order than raster."""
         return type(self).entry_order is not Method.entry_order
 
+    @property
+    def prepares(self) -> bool:
+        """Whether it makes something ready before a forward, or is on in some forwards only."""
+        return type(self).before_forward is not Method.before_forward or self.steps not in (None, ":")
+
     def computed_density(self, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> float | None:
         """Share of the attention map that was computed in the last forward, for methods that leave out a part."""
         return None

@@ -190,6 +190,7 @@ class State:
             attachment.reordering.remove()
             attachment.around = None
             wanted = any(b.method.reorders for b in self.bindings if b.model == key)
+            attachment.prepares = any(b.method.prepares for b in self.bindings if b.model == key)
             if wanted and attachment.reordering.refusal is None:
                 attachment.reordering.attach()
             if guided:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-KEYS = ("prompt", "messages", "choices", "label", "needle", "completion")
+KEYS = {"prompt": str, "messages": list, "choices": list, "label": int, "needle": str, "completion": str}
 
 
 def read_samples(path: str | Path, tokenizer: Any) -> list[dict[str, Any]]:
@@ -47,6 +47,9 @@ def _sample(record: Any, tokenizer: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping) or unknown or ("prompt" in record) == ("messages" in record):
         what = f"it has {', '.join(unknown)}" if unknown else "it must have either prompt or messages"
         raise ValueError(f"a sample is an object with {', '.join(KEYS)}; {what}")
+    wrong = [name for name, value in record.items() if type(value) is not KEYS[name]]
+    if wrong:
+        raise ValueError(f"{wrong[0]}={record[wrong[0]]!r} must be of type {KEYS[wrong[0]].__name__}")
     is_chat = "messages" in record
     prompt: str = record.get("prompt", "")
     if is_chat:  # the template writes the special tokens itself
@@ -60,7 +63,7 @@ def _sample(record: Any, tokenizer: Any) -> dict[str, Any]:
     if "choices" in record:
         sample["choices"] = [_tokens(tokenizer, choice) for choice in record["choices"]]
         sample["label"] = record.get("label")
-        if not isinstance(sample["label"], int) or not 0 <= sample["label"] < len(sample["choices"]):
+        if sample["label"] is None or not 0 <= sample["label"] < len(sample["choices"]):
             raise ValueError(f"label={sample['label']!r} must be the index of one of {len(sample['choices'])} choices")
     if "completion" in record:
         answer = _tokens(tokenizer, record["completion"])
@@ -69,7 +72,9 @@ def _sample(record: Any, tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": torch.tensor([ids]), **sample}
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def _tokens(tokenizer: Any, text: Any) -> list[int]:
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is no text")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"{text!r} has no tokens")
@@ -79,7 +84,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 def _span(prompt: str, needle: str, places: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The tokens [start, stop) of the last occurrence of `needle` in the prompt, without a blank before it."""
     start = prompt.rfind(needle.strip())
-    if start < 0:
+    if start < 0 or not needle.strip():
         raise ValueError(f"the needle {needle!r} is no part of the prompt")
     stop = start + len(needle.strip())
     inside = [i for i, (first, last) in enumerate(places) if first < stop and last > start]

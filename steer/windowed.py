@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
+from steer.bind import CompositionError
 from steer.method import Method
 from steer.select import SelectorError, parse_steps
 from steer_kernels import BlockMask, block_sparse_attention, patterns
@@ -132,6 +134,11 @@ class Group:
             return self.kv_heads, 0, None
         return self.kv_heads, max(sink for sink, _ in pairs), max(window or 0 for _, window in pairs)
 
+    def sees_all(self, numbers: torch.Tensor) -> bool:
+        """Whether the latest of these tokens, (B or 1, T), sees them all in every head; not if one has just left."""
+        _, sink, window = self.kept
+        return self.alike and (window is None or numbers.shape[1] <= sink + window)
+
 
 @functools.lru_cache(maxsize=512)
 def _groups(windows: Windows, kv_heads: int) -> tuple[Group, ...]:
@@ -157,7 +164,7 @@ class Ready:
         prefill: these are the first tokens of the sequence.
         plain: no row has padding.
         rows: real tokens of each row of a padded prompt.
-        layer: the cache layer, where it evicts.
+        layer: the cache layer, where it evicts; weak, or the tokens of a sequence that is over would stay.
         extra: what a method adds.
     """
 
@@ -169,7 +176,7 @@ class Ready:
     prefill: bool
     plain: bool
     rows: list[torch.Tensor] | None = None
-    layer: WindowedLayer | None = None
+    layer: weakref.ref[WindowedLayer] | None = None
     extra: Any = None
 
     def __post_init__(self) -> None:
@@ -223,11 +230,17 @@ class Windowed(Method, register=False):
         return replace(self)
 
     def prepare_model(self, model: torch.nn.Module, sites: Sequence[Site]) -> None:
-        """Refuse a selection of layers that all have a sliding window of their own."""
+        """Refuse layers that all have a sliding window of their own, or whose cache holds no keys."""
         if all(site.window is not None for site in sites):
             raise SelectorError(
                 f"layers={self.layers!r} matches only layers with a sliding window of their own, which "
                 f"{type(self).__name__} leaves as they are"
+            )
+        latent = [site.name for site in sites if hasattr(model.get_submodule(site.name), "kv_lora_rank")]
+        if self.evict and latent:
+            raise CompositionError(
+                f"{type(self).__name__}(evict=True) cannot drop keys of {latent[0]}, which caches what all heads make "
+                "their keys from. Give evict=False: it computes the same on any cache, and saves no memory"
             )
 
     def prepare_cache(self, cache: Cache, sites: Sites) -> None:
@@ -236,8 +249,8 @@ class Windowed(Method, register=False):
             return
         placed = {}
         for site, heads in sites.values():
-            if site.window is None and (new := self._layer(cache, site, heads)) is not None:
-                placed[site.layer_idx] = new
+            if site.window is None:
+                placed[site.layer_idx] = self._layer(cache, site, heads)
         for index, layer in placed.items():
             cache.layers[index] = layer
 
@@ -267,13 +280,14 @@ class Windowed(Method, register=False):
             )
             if isinstance(layer, WindowedLayer):
                 layer.expect(arriving)
-                site.kernel.layer = layer
+                site.kernel.layer = weakref.ref(layer)
 
     def attend(self, call: Call, next: Next) -> torch.Tensor:
         ready: Ready | None = call.site.kernel
         if ready is None:
             return next(call)
-        kept = ready.layer.take() if ready.layer is not None else None
+        layer = ready.layer() if ready.layer is not None else None
+        kept = layer.take() if layer is not None else None
         if kept is not None and not ready.prefill:
             return self.over_kept(call, next, ready, kept)
         if ready.covers:
@@ -328,6 +342,7 @@ class Windowed(Method, register=False):
         """Attention of later tokens, (B, H, S, D), over what the cache layer keeps for each group of heads."""
         groups, parts = ready.windows.groups(call.site.kv_heads), []
         for group, (key, value, numbers) in zip(groups, kept, strict=True):
+            key = key.to(call.query.dtype)  # under autocast the cache holds fp32
             part = call.replace(query=heads_of(call.query, group.heads), key=key, value=value)
             if ready.plain and ready.covers:  # nothing was evicted: the model's own mask fits
                 parts.append(next(part))
@@ -337,7 +352,7 @@ class Windowed(Method, register=False):
 
     def kept_part(self, part: Call, next: Next, ready: Ready, group: Group, numbers: torch.Tensor) -> torch.Tensor:
         """Attention of later tokens in a group of heads, (B, H, S, D), over its keys with these token numbers."""
-        if ready.is_single and group.alike:  # the one query sees all that is kept
+        if ready.is_single and group.sees_all(numbers):
             return masked(part, next, None)
         return masked(part, next, group.windows.seen(ready.queries, numbers))
 
@@ -366,24 +381,26 @@ class Windowed(Method, register=False):
             raise ValueError(f"{len(windows.window)} windows for the {site.heads} query heads of {site.name}")
         return windows.within(heads)
 
-    def _layer(self, cache: Cache, site: Site, heads: torch.Tensor | None) -> WindowedLayer | None:
-        """The layer that evicts at a site, where the cache does not have it yet and some head does not see all."""
+    def _layer(self, cache: Cache, site: Site, heads: torch.Tensor | None) -> CacheLayerMixin:
+        """The cache layer for a site: one that evicts where some head does not see all, else the one that is there."""
         name, layer, text = type(self).__name__, _layer_of(cache, site), site.scope.text
-        if any(cache.is_dummy):
-            raise ValueError(
-                f"{name}(evict=True) cannot be used where layers share keys, as those of {site.name} are or may be. Give "
-                "evict=False: it computes the same on any cache, and saves no memory"
-            )
         groups = tuple(group.kept for group in self._windows(site, heads).groups(site.kv_heads))
         if isinstance(layer, WindowedLayer):
-            if layer.groups != groups:
+            if layer.groups == groups:
+                return layer
+            if layer.tokens:
                 raise ValueError(
                     f"this cache keeps what {layer.owner} needs at {site.name}, which is not what {self.describe()} "
                     "needs: start a new sequence"
                 )
-            return None
+            layer = DynamicLayer()  # it was emptied
         if all(window is None for _, _, window in groups):
-            return None
+            return layer
+        if any(cache.is_dummy):
+            raise ValueError(
+                f"{name}(evict=True) cannot drop keys of {site.name}: layers of this model use those of others. Give "
+                "evict=False: it computes the same on any cache, and saves no memory"
+            )
         if type(layer) is not DynamicLayer:
             raise ValueError(
                 f"{name}(evict=True) needs a DynamicCache; at {site.name} there is a {type(layer).__name__} in a "

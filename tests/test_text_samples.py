@@ -61,6 +61,10 @@ def test_labels_cover_the_completion_of_a_chat(tokenizer: Any, tmp_path: Path) -
         ({"prompt": "a", "choices": ["b", ""], "label": 0}, "'' has no tokens"),
         ({"prompt": "a", "needle": "b"}, "the needle 'b' is no part of the prompt"),
         ([1], "a sample is an object with prompt, messages, choices"),
+        ({"prompt": "a", "needle": " "}, "the needle ' ' is no part of the prompt"),
+        ({"prompt": 3}, "prompt=3 must be of type str"),
+        ({"prompt": "a", "choices": "bc", "label": 0}, "choices='bc' must be of type list"),
+        ({"prompt": "a", "choices": ["b", 3], "label": 0}, "3 is no text"),
     ],
 )
 def test_bad_lines(tokenizer: Any, tmp_path: Path, record: Any, message: str) -> None:

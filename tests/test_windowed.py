@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,14 @@ from tiny import VOCABULARY, build, llama_config
 from torch import Tensor
 from transformers import (
     CompileConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     LlamaForCausalLM,
     QuantizedCache,
@@ -25,6 +30,7 @@ from transformers import (
 )
 
 import steer
+from steer.bind import CompositionError
 from steer.select import SelectorError
 from steer.windowed import Windowed, Windows
 from steer_patches.site import Site
@@ -276,6 +282,16 @@ def test_rows_of_different_padding_change_places() -> None:
             assert error(out, whole[other, at : at + 1]) <= EXACT
 
 
+def test_a_sequence_that_is_over_leaves_nothing() -> None:
+    model = make()
+    with steer.apply(model, PerHead()) as handle:
+        cache = model(tokens()).past_key_values
+        left = [weakref.ref(layer) for layer in cache.layers]
+        del cache
+        assert [layer() for layer in left] == [None] * len(left)
+        assert handle.stats["density"] is not None
+
+
 def test_a_copied_cache_goes_on_by_itself() -> None:
     """Tokens are written over others in place."""
     model, ids = make(), tokens()
@@ -398,6 +414,88 @@ def test_gradients_pass() -> None:
         grads.append(x.grad)
     assert error(grads[0], grads[1]) <= EXACT
     assert float(grads[1].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("window", [(4, 4, 4, 4), (2, 2, 9, 9), (3, 5, None, None)])
+def test_a_prompt_read_in_inference_mode(window: tuple[int | None, ...]) -> None:
+    """What it left may not be written to afterwards, so that the token that leaves the window is still there."""
+    model, ids = make(), tokens()
+    with steer.apply(model, PerHead(sink=1, window=window)):
+        wanted = logits(model, ids, CHUNKS["prompt"])
+        with torch.inference_mode():
+            cache = model(ids[:, :15]).past_key_values
+        assert error(logits(model, ids[:, 15:], [1] * 25, cache=cache), wanted[:, 15:]) <= EXACT
+
+
+def test_an_emptied_cache_takes_other_windows() -> None:
+    @dataclass(kw_only=True)
+    class Half(PerHead, register=False):
+        def windows(self, site: Site, tokens: int) -> Windows:
+            return Windows(1, (tokens // 2,) * 4 if tokens < 30 else (None,) * 4)
+
+    model, ids = make(), tokens()
+    with steer.apply(model, Half()):
+        for length in (20, 36):
+            wanted = logits(model, ids, [length, 1, 1])
+            for empty in (lambda cache: cache.reset(), lambda cache: cache.crop(-2)):
+                cache = model(ids[:, :2]).past_key_values
+                empty(cache)
+                assert error(logits(model, ids, [length, 1, 1], cache=cache), wanted) == 0
+                assert all(isinstance(layer, WindowedLayer) == (length < 30) for layer in cache.layers)
+
+
+def test_autocast() -> None:
+    """As plain attention does there, the cache keeps fp32 keys and values of less, and computes in the latter."""
+    model, ids = make().float(), tokens()
+    with steer.apply(model, PerHead()):
+        wanted = logits(model, ids, CHUNKS["prompt"])
+        with torch.autocast("cpu", torch.bfloat16):
+            out = logits(model, ids, CHUNKS["prompt"])
+    plain = logits(model, ids, [TOKENS])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounding = error(logits(model, ids, [TOKENS]), plain)
+    assert error(out, wanted) <= 2 * rounding
+
+
+def latent() -> DeepseekV3Config:
+    sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"first_k_dense_replace": 2, "num_key_value_heads": 4}
+    return DeepseekV3Config(vocab_size=VOCABULARY, **shape, **sizes, **experts)
+
+
+@pytest.mark.parametrize("window", [(3, 5, 4, None), (4, 4, 4, 4)])
+def test_values_of_another_width_than_keys(window: tuple[int | None, ...]) -> None:
+    """Multi-head latent attention, whose cache holds what keys and values are made of."""
+    model, ids = build(lambda: DeepseekV3ForCausalLM(latent())).double(), tokens()
+    windows = Windows(2, window)
+    with steer.apply(model, PerHead(sink=2, window=window, evict=False)):
+        for chunks in CHUNKS.values():
+            assert error(logits(model, ids, chunks), oracle(model, ids, windows)) <= EXACT
+        wanted = logits(model, ids, [TOKENS])
+        assert error(logits(model.float(), ids, [TOKENS]), wanted) <= 1e-4
+    with pytest.raises(CompositionError, match=r"what all heads make their keys from\. Give evict=False"):
+        steer.apply(model, PerHead())
+
+
+def test_keys_that_layers_share() -> None:
+    shape = {"hidden_size": 32, "hidden_size_per_layer_input": 8, "intermediate_size": 64, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "laurel_rank": 4, "altup_num_inputs": 2}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5, "num_kv_shared_layers": 2}
+    words = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY, "pad_token_id": 0}
+    config = Gemma3nTextConfig(**shape, **heads, **kinds, **words, activation_sparsity_pattern=[0.0] * 4)
+    model, ids = build(lambda: Gemma3nForCausalLM(config)).double(), tokens()
+    assert [site.layer_idx for site in steer.sites(model)] == [0, 1, 0, 1]
+    with steer.apply(model, PerHead(evict=False)):
+        wanted = logits(model, ids, [TOKENS])
+        for chunks in CHUNKS.values():
+            assert error(logits(model, ids, chunks), wanted) <= 1e-5  # parts of this model compute in fp32
+    for layers in ("*", "*layers.1"):  # the second alone: another layer reads what it keeps
+        with (
+            steer.apply(model, PerHead(layers=layers)),
+            pytest.raises(ValueError, match=r"layers of this model use those of others\. Give evict=False"),
+        ):
+            logits(model, ids, [TOKENS])
 
 
 MIXED = {

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from steer_patches import interface
 from steer_patches.blocks import Tape
 from steer_patches.clock import Clock
 from steer_patches.family import Family, family_of
-from steer_patches.generation import Text, advance, generates, text_of, with_cache
+from steer_patches.generation import Text, generates, text_of, with_cache
 from steer_patches.processors import Ports, UnhookableProcessor, steered_class
 from steer_patches.reorder import Reordering
 from steer_patches.site import Layout, Scope, Site
@@ -81,7 +82,7 @@ def _transformers_site(name: str, module: Any) -> Site:
     head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
     implementation = config._attn_implementation.removeprefix("steer_")
     site = Site(name, 0, "causal" if module.is_causal else "self", heads, kv_heads, head_dim, implementation)
-    site.layer_idx, site.window = getattr(module, "layer_idx", None), _window_of(module)
+    site.layer_idx, site.window = _cache_layer_of(module), _window_of(module)
     if implementation not in interface.BASES:
         site.ports = 0
         site.refusal = (
@@ -90,14 +91,25 @@ def _transformers_site(name: str, module: Any) -> Site:
     return site
 
 
+def _cache_layer_of(module: Any) -> int | None:
+    """The layer of the cache that has this attention module's keys: its own, or one of the same type that it shares."""
+    modes = getattr(module.config, "kv_sharing_modes", None)
+    if not modes or not getattr(module, "is_kv_shared_layer", False):
+        return getattr(module, "layer_idx", None)
+    kinds = module.config.layer_types
+    return next(i for i, mode in enumerate(modes) if mode == "store" and kinds[i] == kinds[module.layer_idx])
+
+
 def _window_of(module: Any) -> int | None:
     """Latest keys that a query of this attention module sees at all; None = every key before it."""
     if hasattr(module, "sliding_window"):
         return module.sliding_window
     config = module.config
     if getattr(config, "layer_types", None) is not None:
-        is_sliding = config.layer_types[module.layer_idx] == "sliding_attention"
-        return config.sliding_window if is_sliding else None
+        kind = config.layer_types[module.layer_idx]
+        if kind == "chunked_attention":  # a query sees its own chunk, up to itself
+            return config.attention_chunk_size
+        return config.sliding_window if kind == "sliding_attention" else None
     return getattr(config, "sliding_window", None)
 
 
@@ -116,6 +128,7 @@ class Attachment:
         tape: the stage blocks.
         around: if set, called as `around(forward, args, kwargs, arguments)` in place of the model's forward.
         before: called before every forward, once the clock is set.
+        prepares: whether what `before` does differs from forward to forward.
         positions: of a language model: called last before its forward; other position ids for its tokens, or None.
     """
 
@@ -128,9 +141,12 @@ class Attachment:
         self.reordering = Reordering(self.inner, self.family)
         self.around: Around | None = None
         self.before: list[Callable[[], None]] = []
+        self.prepares = False
         self.positions: Callable[[Text], torch.Tensor | None] | None = None
         self._generates = generates(self.inner)
         self._may_reorder = False
+        self._in_turn = RLock()  # sites know one forward at a time; reentrant for torch.compile's wrapper
+        self.scope.in_forward = False if self._generates else None
         self._signature = inspect.signature(type(self.inner).forward)
         self._undo: list[Callable[[], None]] = []
         self._modules: list[tuple[Site, Any]] = []
@@ -212,7 +228,16 @@ class Attachment:
                     "guidance needs a second pass outside the compiled graph: compile in place with "
                     "model.compile() or model.compile_repeated_blocks(), or call torch.compile before steer.apply"
                 )
+            if self.prepares and self.scope.in_forward is False:  # without fullgraph it enters again, uncompiled
+                raise RuntimeError(
+                    "the methods applied here look at each forward's tokens outside of the compiled graph: compile in "
+                    "place with model.compile(), or call torch.compile before steer.apply"
+                )
             return forward(*args, **kwargs)
+        with self._in_turn:
+            return self._enter(forward, args, kwargs)
+
+    def _enter(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.clock.pipeline is None:
             self.verify()
         self.clock.denoiser_called()
@@ -226,7 +251,13 @@ class Attachment:
         self.scope.device = _device_of(arguments)
         self._may_reorder = self._can_reorder(arguments)
         if self._generates:
-            return self._next_tokens(forward, args, kwargs, arguments)
+            if self.scope.in_forward:  # torch.compile's wrapper calls the model, which is gated too
+                return forward(*args, **kwargs)
+            self.scope.in_forward = True
+            try:
+                return self._next_tokens(forward, args, kwargs, arguments)
+            finally:
+                self.scope.in_forward, self.scope.text = False, None
         for hook in self.before:
             hook()
         if self.around is None:
@@ -237,28 +268,31 @@ class Attachment:
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]
     ) -> Any:
         """A forward of a language model: the next tokens of the sequence that is in its cache."""
-        if self.scope.text is not None:  # torch.compile's wrapper calls the model, which is gated too
-            return forward(*args, **kwargs)
         cache = with_cache(self.inner, arguments)
         if cache is not arguments.get("past_key_values"):
-            kwargs = {**kwargs, "past_key_values": cache}
-        known = text_of(arguments, cache)
-        if known is None:
-            return forward(*args, **kwargs)
-        self.scope.text, run = known
+            args, kwargs = self._with(args, kwargs, "past_key_values", cache)
+        self.scope.text, run = text_of(arguments, cache)
         self.clock.follow(run)
-        try:
-            for hook in self.before:
-                hook()
-            moved = self.positions(self.scope.text) if self.positions is not None else None
-            if moved is not None:
-                self.scope.text = replace(self.scope.text, positions=moved)
-                kwargs = {**kwargs, "position_ids": moved}
-            output = forward(*args, **kwargs)
-        finally:
-            self.scope.text = None
-        advance(run, known[0].new)
+        for hook in self.before:
+            hook()
+        text = self.scope.text
+        moved = self.positions(text) if text is not None and self.positions is not None else None
+        if text is not None and moved is not None:
+            self.scope.text = replace(text, positions=moved)
+            args, kwargs = self._with(args, kwargs, "position_ids", moved)
+        output = forward(*args, **kwargs)
+        run.step += 1
         return output
+
+    def _with(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The forward's arguments with one of them changed, which may have been given by its place."""
+        names = list(self._signature.parameters)[1 : 1 + len(args)]  # the first is `self`
+        if name not in names:
+            return args, {**kwargs, name: value}
+        place = names.index(name)
+        return (*args[:place], value, *args[place + 1 :]), kwargs
 
     def _layout(self, arguments: Mapping[str, Any]) -> Layout | None:
         if self.family is None or self.family.grid is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
 from steer_patches.blocks import map_tensors
 from steer_patches.site import Run
@@ -45,48 +46,54 @@ def generates(model: torch.nn.Module) -> bool:
     )
 
 
+def makes_cache(model: PreTrainedModel) -> bool:
+    """Whether a forward of `model` may make a `DynamicCache` where it is given none."""
+    rule: Any = GenerationMixin._supports_default_dynamic_cache  # by the class alone, base models included
+    return "past_key_values" in inspect.signature(type(model).forward).parameters and rule.__func__(type(model))
+
+
 def with_cache(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Cache | None:
-    """The cache of a forward with these arguments; where the model would make one itself, that one, made here."""
+    """The cache of a forward with these arguments; where the model would make a `DynamicCache` itself, one made here.
+
+    Models that attend to an encoder too make a cache of another kind, which is theirs to make.
+    """
     cache = arguments.get("past_key_values")
-    if cache is not None or model.training:
+    if cache is not None or model.training or arguments.get("encoder_hidden_states") is not None:
         return cache
     wanted = arguments.get("use_cache")
     wanted = getattr(model.config.get_text_config(decoder=True), "use_cache", False) if wanted is None else wanted
-    return DynamicCache(config=model.config) if wanted and model._supports_default_dynamic_cache() else None
+    return DynamicCache(config=model.config) if wanted and makes_cache(model) else None
 
 
-def text_of(arguments: Mapping[str, Any], cache: Cache | None) -> tuple[Text, Run] | None:
-    """The tokens of a forward, and the position in its sequence; None where the arguments hold no tokens."""
+def text_of(arguments: Mapping[str, Any], cache: Cache | None) -> tuple[Text | None, Run]:
+    """The tokens of a forward, None where the arguments hold none, and the position in its sequence."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
-    if tokens is None:
-        return None
-    new = tokens.shape[1]
     run = _run_of(cache)
     past = run.tokens
+    run.phase = "decode" if past else "prefill"
+    if tokens is None:
+        return None, run
+    new = tokens.shape[1]
     positions = arguments.get("position_ids")
     if positions is None:
         positions = torch.arange(past, past + new, device=tokens.device)[None]
     elif positions.ndim == 3:  # one row each for time, height and width, or text before those
         positions = positions[0]
     valid = _valid(arguments.get("attention_mask"), past + new)
-    run.phase = "decode" if past else "prefill"
-    return Text(past, new, positions, valid, cache), run
-
-
-def advance(run: Run, new: int) -> None:
-    """The forward is over: its tokens are in the cache."""
-    run.step += 1
-    run.tokens += new
+    kept = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    return Text(past, new, positions, valid, kept), run
 
 
 def _run_of(cache: Cache | None) -> Run:
     """The run of the sequence in this cache; a new one where it is empty, or where there is no cache."""
     if cache is None:
-        return Run(phase="prefill")
+        return Run()
     run: Run | None = cache.__dict__.get(RUN)
-    if run is None or (run.tokens and cache.get_seq_length() == 0):  # emptied by hand
-        run = cache.__dict__[RUN] = Run(phase="prefill", tokens=int(cache.get_seq_length()))
+    tokens = int(cache.get_seq_length())  # forwards that are not steered add to it too
+    if run is None or (run.step and not tokens):  # emptied by hand
+        run = cache.__dict__[RUN] = Run(step=min(tokens, 1))  # what has tokens has had its prompt
+    run.tokens = tokens
     if not isinstance(cache, Followed):
         mix(cache, Followed)
     return run
@@ -127,12 +134,6 @@ class Followed:
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
         self._change(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)  # type: ignore[misc]
-        run: Run | None = self.__dict__.get(RUN)
-        if run is not None:
-            run.tokens = int(self.get_seq_length())  # type: ignore[attr-defined]
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

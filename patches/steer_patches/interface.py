@@ -53,6 +53,14 @@ def steered_name(base: str) -> str:
         site = module.__dict__.get("_steer_site")
         if site is None or not site.chain:
             return inner(module, query, key, value, attention_mask, **kwargs)
+        if site.kind == "causal" and site.scope.in_forward is False and not _runs_later():
+            raise RuntimeError(
+                f"{site.name} is steered, but was not called through its model, so that it is not known which tokens "
+                "these are: call model(...) or model.generate(...), not model.forward(...) or a part of the model, or "
+                "apply the method to that part"
+            )
+        if not query.dtype == key.dtype == value.dtype:  # under autocast rotary embeddings come out in fp32
+            query, key = query.to(value.dtype), key.to(value.dtype)
         scale = kwargs.pop("scaling", None)
         causal = kwargs.pop("is_causal", None)
         if causal is None:
@@ -79,6 +87,11 @@ def steered_name(base: str) -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def _runs_later() -> bool:
+    """Whether a graph is made, or autograd runs: gradient checkpointing computes layers again after their forward."""
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
 
 
 def set_steered(model: PreTrainedModel) -> Callable[[], None]:

@@ -64,6 +64,8 @@ def rotary_of(model: torch.nn.Module, site: Site) -> Rotary | None:
             f"{name} is of type {rope_type!r}, whose frequencies may change with the length; types that can be turned "
             f"further are {', '.join(FIXED)}"
         )
+    if hasattr(module, "qk_rope_head_dim"):  # multi-head latent attention
+        raise ValueError(f"{site.name} rotates the last channels of queries and keys, not the first")
     made = Rotary(frequencies.detach().float())
     if not _turns_like(module, rotary, kind, made):
         raise ValueError(f"{name} does not rotate channel i with channel i + n, as {type(made).__name__} would")
@@ -81,13 +83,16 @@ def _turns_like(module: torch.nn.Module, rotary: Any, kind: str | None, ours: Ro
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     if apply is None:
         return False
+    takes = list(inspect.signature(apply).parameters)
+    if takes[:4] != ["q", "k", "cos", "sin"] and takes[:3] != ["x", "cos", "sin"]:
+        return False
     frequencies = ours.frequencies
     x = torch.linspace(-1, 1, 2 * len(frequencies), device=frequencies.device)[None, None, None]
 
     def at(token: int) -> torch.Tensor:
         given = {"layer_type": kind} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
         cos, sin = rotary(x, torch.tensor([[token]], device=x.device), **given)
-        return apply(x, x, cos, sin)[0]
+        return apply(x, cos, sin) if takes[0] == "x" else apply(x, x, cos, sin)[0]
 
     more = ours.angles(torch.tensor([[4]], device=x.device))
     return bool(torch.allclose(turn(at(5), more), at(9), atol=1e-4))

@@ -111,6 +111,7 @@ class Scope:
         self.rows: tuple[str, ...] = ("cond",)
         self.layout: Layout | None = None
         self.text: Text | None = None
+        self.in_forward: bool | None = None  # of a language model: whether one that is steered is under way
         self.device = torch.device("cpu")  # of the forward's inputs
         self.run = Run()
 

@@ -278,7 +278,7 @@ class WindowSearch(Search, MoA, register=False):
         _check_sample(sample)
         self._root = None
         with torch.inference_mode(False), torch.enable_grad():
-            loss = target(**{**sample, "use_cache": False}).loss
+            loss = getattr(target(**{**sample, "use_cache": False}), "loss", None)
             if self._root is None or loss is None:
                 raise ValueError(
                     f"{type(target).__name__} gave {'no loss' if loss is None else 'no attention call to look at'}; "

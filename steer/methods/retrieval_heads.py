@@ -121,9 +121,15 @@ class RetrievalHeads(Method):
         chosen = [(site, head) for site, head, _ in ranking(plan) if site in layers][: self.k]
         return replace(self, layers=layers, heads=grouped(chosen) or [])
 
+    def prepare_model(self, model: torch.nn.Module, sites: Sequence[Site]) -> None:
+        for site in sites:
+            if self.plan is not None and site.heads != self.plan.heads:
+                raise ValueError(f"this plan is for sites of {self.plan.heads} heads; {site.name} has {site.heads}")
+
     def before_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
         text = scope.text
-        assert text is not None
+        if text is None:
+            raise ValueError("RetrievalHeads needs a forward that is given input_ids or inputs_embeds")
         self._answers = None
         if text.past or text.new == 1:
             return
@@ -237,9 +243,9 @@ def planned(method: Any) -> Plan:
 def check_scores(plan: Plan) -> None:
     """Raise `ValueError` where a plan holds no scores of heads."""
     score, shape = plan.tensors.get("score"), (1, len(plan.sites), plan.heads)
-    if score is None or tuple(score.shape) != shape:
+    if score is None or tuple(score.shape) != shape or not bool(score.isfinite().all()):
         held = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in plan.tensors.items()) or "nothing"
-        raise ValueError(f"a plan of retrieval heads holds score {shape}; this one holds {held}")
+        raise ValueError(f"a plan of retrieval heads holds score {shape}, finite; this one holds {held}")
 
 
 @dataclass

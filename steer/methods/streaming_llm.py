@@ -134,7 +134,7 @@ class StreamingLLM(Windowed):
             return super().kept_part(part, next, ready, group, numbers)
         query = turn(part.query, ready.extra)
         sinks, others = slice(0, self.n_sink), slice(self.n_sink, None)
-        if ready.is_single and group.alike and group.kept[2] is not None:
+        if ready.is_single and group.sees_all(numbers) and group.kept[2] is not None:
             near = _single(part.query, part.key[:, :, others], part.value[:, :, others], part.scale)
             far = _single(query, part.key[:, :, sinks], part.value[:, :, sinks], part.scale)
             return merge([near, far])[0]
@@ -174,7 +174,8 @@ class StreamingLLM(Windowed):
 
         Possible where every head of the model evicts: position ids are those of all heads.
         """
-        layers = {name: one.layer for name, one in ready.items() if one.layer is not None}
+        found = {name: one.layer() for name, one in ready.items() if one.layer is not None}
+        layers = {name: layer for name, layer in found.items() if layer is not None}
         if text is None or text.cache is None or len(layers) < len(text.cache.layers):
             return 0
         if any(store.window is None for layer in layers.values() for store in layer.stores):

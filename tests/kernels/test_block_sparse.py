@@ -323,6 +323,7 @@ def test_refusals_say_why() -> None:
     refused("powers of two from 16 on", mask=BlockMask.dense(40, 50, 24), backend="triton")
     refused("no log-sum-exp on a CPU", backend="flex", return_lse=True)
     refused("gives no gradient", q.clone().requires_grad_(), backend="gather")
+    refused("keys of head_dim 16 with values of head_dim 8", v=v[..., :8], backend="gather")
     refused("for 40 queries and 48 keys; got 40 and 50", mask=BlockMask.dense(40, 48, 16))
     refused(
         "mask has 3 heads and its rule 1; it needs 1, 2 or 4", mask=random_mask(0, 1, 3, 40, 50, (16, 16), 1.0, None)

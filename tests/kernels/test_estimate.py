@@ -288,6 +288,12 @@ def test_column_mass_of_queries_that_do_not_count(backend: str) -> None:
     assert torch.allclose(mass[:, 1].double(), weights[:, 1, :7].sum(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("queries, keys", [(0, 5), (5, 0)])
+def test_column_mass_of_nothing(queries: int, keys: int) -> None:
+    query, key, lse = torch.ones(2, 4, queries, 8), torch.ones(2, 2, keys, 8), torch.ones(2, 4, queries)
+    assert torch.equal(column_mass(query, key, lse), torch.zeros(2, 4, keys))
+
+
 def test_column_mass_of_scores_far_apart() -> None:
     """Scores 300 below the log-sum-exp give exactly nothing worth counting, and no number that is not finite."""
     q, k = draw(17, 1, 1, 1, 64, 64, 16, torch.float32)

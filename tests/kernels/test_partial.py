@@ -164,6 +164,40 @@ def test_gradient_of_output_and_lse() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: partial(q, k, v), (q, k, v))
 
 
+@pytest.mark.parametrize("trained", range(3))
+def test_gradient_of_one_input_alone(trained: int) -> None:
+    """As where only some projections are trained."""
+    inputs = list(draw(6, 1, 4, 2, 5, 7, 8, torch.float64))
+    inputs[trained].requires_grad_()
+    gradients = []
+    for backend in (None, "reference"):
+        out, lse = partial(*inputs, backend=backend)
+        gradients += torch.autograd.grad(out.sum() + lse.square().sum(), inputs[trained])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_channels_that_are_not_neighbours(causal: bool) -> None:
+    wanted = reference.partial(*draw(7, 2, 4, 2, 9, 12, 8, torch.float64), is_causal=causal)
+    for which in range(3):
+        inputs = list(draw(7, 2, 4, 2, 9, 12, 8, torch.float64))
+        inputs[which] = inputs[which].mT.contiguous().mT
+        for part, want in zip(partial(*inputs, is_causal=causal), wanted, strict=True):
+            assert torch.allclose(part, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries, keys", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_nothing_to_attend(queries: int, keys: int, causal: bool) -> None:
+    """Some empty tensors end the process in torch's kernels."""
+    query, key = torch.ones(2, 4, queries, 8), torch.ones(2, 2, keys, 8)
+    out, lse = partial(query, key, key, is_causal=causal)
+    assert torch.equal(out, torch.zeros(2, 4, queries, 8))
+    assert torch.equal(lse, torch.full((2, 4, queries), -torch.inf))
+    with pytest.raises(ValueError, match="it takes no empty tensors"):
+        partial(query, key, key, backend="flash")
+
+
 def test_errors_name_the_shapes_and_the_choices() -> None:
     q, k, v = draw(8, 1, 3, 2, 4, 5, 8, torch.float32)
     with pytest.raises(ValueError, match="multiple of key/value heads"):

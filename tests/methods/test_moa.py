@@ -330,6 +330,11 @@ def test_samples_that_say_nothing_are_refused(change: dict[str, Any], message: s
         calibrated(llama(), [sample() | change])
 
 
+def test_a_model_without_a_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaModel gave no loss; MoA needs a model for causal language modelling"):
+        calibrated(llama().model, [sample()])
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -345,6 +345,7 @@ def test_the_published_format(tmp_path: Path) -> None:
         ({"k": -1}, "k=-1 must be 0 or more"),
         ({"how": "max"}, "choose from mean, zero"),
         ({"plan": Plan(sites=("a",), heads=2, tensors={"mode": torch.ones(1, 1, 2)})}, r"holds score \(1, 1, 2\)"),
+        ({"plan": Plan(sites=("a",), heads=1, tensors={"score": torch.full((1, 1, 1), torch.nan)})}, "finite"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -380,3 +381,6 @@ def test_what_a_search_and_a_mask_refuse() -> None:
         RetrievalHeads().top(3)
     with pytest.raises(steer.SelectorError, match="layers in the plan"):
         steer.apply(model, RetrievalHeads(plan=SCORES, layers="model.layers.7"))
+    fewer = Plan(sites=SCORES.sites, heads=1, tensors={"score": torch.ones(1, len(SCORES.sites), 1)})
+    with pytest.raises(ValueError, match="this plan is for sites of 1 heads"):
+        steer.apply(model, RetrievalHeads(plan=fewer))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_windowed import CHUNKS, EXACT, TOKENS, error, generate, held, logits, make, oracle, padding, tokens
+from test_windowed import CHUNKS, EXACT, TOKENS, error, generate, held, latent, logits, make, oracle, padding, tokens
 from tiny import VOCABULARY, build, llama_config
 from torch import Tensor
 from transformers import (
+    DeepseekV3ForCausalLM,
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -291,6 +292,8 @@ def test_rotations_that_cannot_be_continued_are_refused() -> None:
     gpt2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)
     refused(lambda: GPT2LMHeadModel(gpt2), 'no rotary position embedding .* Give positions="original"')
     refused(lambda: LlamaForCausalLM(scaled("dynamic", factor=2.0)), "of type 'dynamic', whose frequencies may change")
+    with pytest.raises(CompositionError, match="rotates the last channels of queries and keys, not the first"):
+        steer.apply(build(lambda: DeepseekV3ForCausalLM(latent())), streaming(evict=False))
 
 
 def test_logit_caps_are_refused_with_cache_positions() -> None:

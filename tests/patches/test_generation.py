@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +12,28 @@ import pytest
 import torch
 from probes import Count, Scale, Through, Trip, Tripped, assert_untouched, snapshot
 from tiny import build
-from tiny_language import MODELS, NEW, PADDING, greedy, inputs
-from transformers import CompileConfig, DynamicCache
+from tiny_language import MODELS, NEW, PADDING, SMALL, greedy, inputs
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    CompileConfig,
+    DecisionTransformerConfig,
+    DecisionTransformerModel,
+    DynamicCache,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 import steer
 from steer import Method
 from steer.bind import CompositionError
 from steer_patches.generation import Text
-from steer_patches.site import Call, Next, Site
+from steer_patches.site import Call, Next, Scope, Site
 
 WINDOWS = {"mistral_window": [5, 5], "qwen2": [5, None], "gemma2": [5, None], "gemma3": [5, None]}
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -211,6 +227,173 @@ def test_steps_count_forwards() -> None:
         steer.apply(model, Watch(steps="0.2:"))
 
 
+def test_forwards_that_are_not_steered_count() -> None:
+    """A cache that was filled before `apply`, and one that goes on while nothing is applied."""
+    model, watch, ids = build(MODELS["llama"]), Watch(), inputs()["input_ids"]
+    cache, other = (DynamicCache(config=model.config) for _ in range(2))
+    with steer.apply(model, watch):
+        model(ids[:, :4], past_key_values=cache)
+    model(ids[:, 4:9], past_key_values=cache)
+    model(ids[:, :6], past_key_values=other)
+    with steer.apply(model, watch):
+        model(ids[:, 9:10], past_key_values=cache)
+        model(ids[:, 6:7], past_key_values=other)
+    assert [text.past for text in watch.texts] == [0, 9, 6]
+    assert [text.positions.tolist() for text in watch.texts[1:]] == [[[9]], [[6]]]
+    assert watch.at == [("prefill", 0), ("decode", 1), ("decode", 1)]  # step 0 is the prompt, whoever read it
+
+
+def test_a_cache_that_was_cropped_to_nothing_begins_again() -> None:
+    model, watch, ids = build(MODELS["llama"]), Watch(), inputs()["input_ids"]
+    with steer.apply(model, watch):
+        cache = model(ids).past_key_values
+        memory = cache.steer_run.memory
+        cache.crop(-11)
+        model(ids[:, :5], past_key_values=cache)
+    assert watch.at == [("prefill", 0)] * 2
+    assert cache.steer_run.memory is not memory
+
+
+def test_arguments_given_by_their_place() -> None:
+    model, watch, ids = build(MODELS["llama"]), Watch(), inputs()["input_ids"]
+    plain = model(ids, None, None, None)
+    with steer.apply(model, watch):
+        out = model(ids, None, None, None)
+        again = model(ids[:, :1], None, None, out.past_key_values)
+    assert torch.equal(out.logits, plain.logits)
+    assert torch.equal(again.logits, model(ids[:, :1], past_key_values=plain.past_key_values).logits)
+    assert [text.past for text in watch.texts] == [0, 11]
+
+
+@dataclass(kw_only=True)
+class Length(Method, register=False):
+    """Scales the output by what it was told of the forward."""
+
+    layers: Any = "*"
+
+    def before_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
+        assert scope.text is not None
+        for site, _ in sites.values():
+            site.kernel = scope.text.past + scope.text.new
+
+    def attend(self, call: Call, next: Next) -> torch.Tensor:
+        return next(call) * (1 + call.site.kernel / 8)
+
+
+def test_threads_take_turns() -> None:
+    model, ids = build(MODELS["llama"]), inputs()["input_ids"]
+
+    def written(tokens: int) -> torch.Tensor:
+        return model.generate(ids[:1, :tokens], max_new_tokens=20, min_new_tokens=20, do_sample=False)
+
+    with steer.apply(model, Length()):
+        alone = [written(tokens) for tokens in range(3, 11)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(written, range(3, 11)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_calls_past_the_model_are_refused() -> None:
+    """What the last forward through the model left at the sites belongs to other tokens."""
+    model, ids = build(MODELS["llama"]), inputs()["input_ids"]
+    plain = model(ids).logits
+    with steer.apply(model, Length()):
+        wanted = model(ids).logits
+        for call in (model.forward, model.model):
+            with pytest.raises(RuntimeError, match="was not called through its model"):
+                call(ids)
+        fast = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match=r"[Ee]xception"):  # Dynamo's own, without our text
+            fast(ids)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(model, backend="eager")(ids).logits, wanted)  # the graph is broken before
+    torch._dynamo.reset()
+    assert torch.equal(model.forward(ids).logits, plain)
+
+
+def test_layers_that_are_computed_again_in_backward() -> None:
+    ids, gradients = inputs()["input_ids"], []
+    for again in (False, True):
+        model = build(MODELS["llama"]).train().requires_grad_(True)
+        if again:
+            model.gradient_checkpointing_enable()
+        with steer.apply(model, Length()):
+            model(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert torch.equal(*gradients)
+
+
+BERT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BART = {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+OTHERS: dict[str, Any] = {
+    "base model": lambda: LlamaModel(LlamaConfig(**SMALL)),
+    "classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL)),
+    "bert": lambda: BertLMHeadModel(BertConfig(**BERT, is_decoder=True, add_cross_attention=True)),
+    "bart": lambda: BartForCausalLM(BartConfig(**BART, is_decoder=True, is_encoder_decoder=False)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_make_caches_of_their_own(name: str) -> None:
+    """Base models, heads, and decoders that attend to an encoder: as plain models, and followed through their cache."""
+    model, watch, ids = build(OTHERS[name]), Watch(layers="*"), inputs()["input_ids"]
+    seen = {"encoder_hidden_states": torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))}
+    given = seen if name in ("bert", "bart") else {}
+    plain = model(ids, **given)
+    later = model(ids[:, :1], past_key_values=plain.past_key_values, **given)
+    with steer.apply(model, watch):
+        out = model(ids, **given)
+        assert type(out.past_key_values).__name__ == type(plain.past_key_values).__name__
+        assert torch.equal(out[0], plain[0])
+        assert torch.equal(model(ids[:, :1], past_key_values=out.past_key_values, **given)[0], later[0])
+    assert sorted({text.past for text in watch.texts}) == [0, 11]
+
+
+def test_a_decoder_without_tokens() -> None:
+    config = DecisionTransformerConfig(state_dim=3, act_dim=2, hidden_size=32, n_layer=2, n_head=4, max_ep_len=16)
+    model, g = build(lambda: DecisionTransformerModel(config)), torch.Generator().manual_seed(0)
+    sizes = {"states": 3, "actions": 2, "rewards": 1, "returns_to_go": 1}
+    given = {name: torch.randn(2, 4, size, generator=g) for name, size in sizes.items()}
+    given["timesteps"] = torch.arange(4).expand(2, -1)
+    plain = model(**given).action_preds
+    with steer.apply(model, Scale(layers="*", factor=1.0)):
+        assert torch.equal(model(**given).action_preds, plain)
+    with steer.apply(model, Scale(layers="*", factor=2.0)):
+        assert not torch.equal(model(**given).action_preds, plain)
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_autocast_is_identical(base: str) -> None:
+    """There queries and keys come out of their rotation in fp32, and values do not where no cache is."""
+
+    @dataclass(kw_only=True)
+    class Alike(Method, register=False):
+        layers: Any = "*"
+
+        def attend(self, call: Call, next: Next) -> torch.Tensor:
+            assert call.query.dtype == call.key.dtype == call.value.dtype
+            return next(call)
+
+    model = build(MODELS["llama"])
+    model.set_attn_implementation(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, tokens = model(**inputs(), use_cache=False).logits, greedy(model)
+        with steer.apply(model, Alike()):
+            assert torch.equal(model(**inputs(), use_cache=False).logits, plain)
+            assert torch.equal(greedy(model), tokens)
+
+
+def test_a_part_of_a_steered_model_is_not_steered_again() -> None:
+    model, ids = build(MODELS["llama"]), inputs()["input_ids"]
+    for first, second in ((model, model.model), (model.model, model)):
+        with steer.apply(first, Scale(layers="*")):
+            wanted, before = model(ids).logits, snapshot(model)
+            with pytest.raises(CompositionError, match="self_attn is steered already, through a model that"):
+                steer.apply(second, Scale(layers="*"))
+            assert_untouched(before, model)
+            assert torch.equal(model(ids).logits, wanted)
+
+
 def test_positions_of_a_method_are_used() -> None:
     model = build(MODELS["llama"])
     ids = inputs()["input_ids"]
@@ -272,6 +455,12 @@ def test_windows_of_layers_are_known(name: str) -> None:
     assert [site.window for site in sites] == WINDOWS.get(name, [None, None])
     assert [site.layer_idx for site in sites] == [0, 1]
     assert {site.kind for site in sites} == {"causal"}
+
+
+def test_the_window_of_chunks_is_known() -> None:
+    experts = {"num_local_experts": 2, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 64}
+    config = Llama4TextConfig(**SMALL, **experts, attention_chunk_size=6, no_rope_layers=[1, 0])
+    assert [site.window for site in steer.sites(build(lambda: Llama4ForCausalLM(config)))] == [6, None]
 
 
 def test_an_error_ends_the_forward() -> None:

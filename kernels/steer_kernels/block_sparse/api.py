@@ -116,6 +116,8 @@ def refusal(
     if backend == "gather":
         if device != "cpu":
             return f"it runs on a CPU, and the tensors are on {device}"
+        if width != value.shape[-1]:
+            return f"keys of head_dim {width} with values of head_dim {value.shape[-1]}"
         return None if dtype in _FLOATS else f"no kernel for {dtype}"
     if backend == "flex":
         return _flex_refusal(device, dtype, width, query.shape[2], block_mask, return_lse)

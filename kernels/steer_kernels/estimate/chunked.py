@@ -56,6 +56,8 @@ def column_mass(
     """See `reference.column_mass`. Nearly all of the time is spent in `exp`."""
     (batch, heads, q_len, _), (kv_heads, kv_len) = query.shape, key.shape[1:3]
     group, offset, dtype = heads // kv_heads, kv_len - q_len, accurate(query)
+    if q_len == 0 or kv_len == 0:
+        return torch.zeros(batch, heads, kv_len, dtype=dtype, device=query.device)
     numbers = TILE.get(query.device.type, TILE_ELSEWHERE) // 2
     rows = min(q_len, 256)  # small tiles compute less above the diagonal
     columns = min(kv_len, 256, max(64, 2 ** int(math.log2(max(numbers // (rows * group), 1)))))

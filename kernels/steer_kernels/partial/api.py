@@ -41,7 +41,7 @@ def partial(
     check_attention(query, key, value)
     if mask is not None:
         _check_mask(query, key, mask, is_causal)
-    reason = _refusal(query, value)
+    reason = _refusal(query, key, value)
     if backend is None:
         backend = "reference" if reason else "flash"
     if backend == "reference":
@@ -94,6 +94,8 @@ def _fused(
     scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One call of torch's kernel; as many key as query heads, and for `is_causal` as many queries as keys."""
+    # the kernels read the channels of a token as neighbours, whatever the strides say
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     bias = None if mask is None else _bias(query, key, mask)
     if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -134,9 +136,11 @@ def _check_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, is_c
         raise ValueError(f"mask must be broadcastable to (B, H, S, G) = {wanted}; got {tuple(mask.shape)}")
 
 
-def _refusal(query: torch.Tensor, value: torch.Tensor) -> str | None:
+def _refusal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why the fused kernels cannot serve the call, or None."""
-    if torch.is_grad_enabled() and query.requires_grad:
+    if query.numel() == 0 or key.numel() == 0:
+        return "it takes no empty tensors"  # some of them end the process
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         return "it gives no gradient through the log-sum-exp"
     width = query.shape[-1]
     if value.shape[-1] != width:
