@@ -67,8 +67,10 @@ def models_of(target: Any) -> dict[str, torch.nn.Module]:
         return found
     if isinstance(plain(target), (ModelMixin, PreTrainedModel)) if isinstance(target, torch.nn.Module) else False:
         return {"": target}
+    hint = "; its get_base_model() is one" if hasattr(target, "get_base_model") else ""
     raise TypeError(
         f"cannot steer a {type(target).__name__}: pass a diffusers pipeline, a diffusers model or a transformers model"
+        f"{hint}"
     )
 
 

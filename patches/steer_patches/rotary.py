@@ -66,6 +66,8 @@ def rotary_of(model: torch.nn.Module, site: Site) -> Rotary | None:
         )
     if hasattr(module, "qk_rope_head_dim"):  # multi-head latent attention
         raise ValueError(f"{site.name} rotates the last channels of queries and keys, not the first")
+    if getattr(rotary, "mrope_section", None) is not None:
+        raise ValueError(f"{name} rotates by time, height and width, and an image has no one position")
     made = Rotary(frequencies.detach().float())
     if not _turns_like(module, rotary, kind, made):
         raise ValueError(f"{name} does not rotate channel i with channel i + n, as {type(made).__name__} would")

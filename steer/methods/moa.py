@@ -29,10 +29,11 @@ BETAS = tuple(i / 8 for i in range(9))  # the published grid
 class MoA(Windowed):
     """Each head sees W = alpha + beta * N keys: the first `n_sink` tokens and the latest W - n_sink ones.
 
-    N is the length of the prompt (of a batch, of its longest row), and stays while tokens are generated. W is rounded
-    up to whole blocks and is two blocks at least. Heads with beta = 1 and alpha >= 0 keep everything. The numbers
-    alpha and beta of every head are the `plan`: `steer.calibrate(model, MoA(), samples, density=0.5)` finds one, see
-    `search`; `MoA.published` reads one in the format of the authors; `MoA.uniform` gives all heads the same.
+    N is the length of the prompt (of a batch, of its longest row; of a prompt in pieces, as `prefill_chunk_size` feeds
+    it, of the first), and stays while tokens are generated. W is rounded up to whole blocks and is two blocks at least.
+    Heads with beta = 1 and alpha >= 0 keep everything. The numbers alpha and beta of every head are the `plan`:
+    `steer.calibrate(model, MoA(), samples, density=0.5)` finds one, see `search`; `MoA.published` reads one in the
+    format of the authors; `MoA.uniform` gives all heads the same.
 
     Args:
         plan: "alpha" in tokens and "beta" in shares of N, both (1, sites, heads).

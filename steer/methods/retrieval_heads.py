@@ -35,9 +35,9 @@ class RetrievalHeads(Method):
         how="zero"   O = 0
 
     This is done for the last query of the prompt, which gives the first token, and for all queries after it; the rest
-    of the prompt is read with every head. Without a cache each forward is a prompt of its own. `steps="1:"` leaves out
-    the prompt's last query too. In models with attention sinks of their own (gpt-oss) "mean" is the mean times 1 minus
-    the sink's share.
+    of the prompt is read with every head. Without a cache each forward is a prompt of its own, and of a prompt in
+    pieces (`prefill_chunk_size`) only the first is one. `steps="1:"` leaves out the prompt's last query too. In models
+    with attention sinks of their own (gpt-oss) "mean" is the mean times 1 minus the sink's share.
 
     `steer.calibrate(model, RetrievalHeads(), samples)` finds the heads, see `search`. The same plan serves
     `DuoAttention`, which keeps these heads' keys and drops those of others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -544,3 +545,16 @@ def test_pretrained_model_equals_the_map() -> None:
             expected = model(ids, use_cache=False).logits
         assert (found - expected).abs().max() <= 1e-4
         assert (found - plain).abs().max() > 1
+
+
+def test_documented_costs() -> None:
+    root = Path(__file__).resolve().parents[2]
+    rows = json.loads((root / "benchmarks/act-cpu.json").read_text(encoding="utf-8"))["rows"]
+    page = (root / "docs/methods/language.md").read_text(encoding="utf-8")
+    for tokens in (1024, 2048, 4096):
+        cells = []
+        for variant in ("ACT, 3 of 9 heads", "ACT, 9 heads", "the map, edited"):
+            ratios = [row["over_sdpa"] for row in rows if (row["tokens"], row["variant"]) == (tokens, variant)]
+            assert len(ratios) == 4
+            cells.append(f"{min(ratios):.2f} to {max(ratios):.2f}")
+        assert f"| {tokens} | {' | '.join(cells)} |" in page

@@ -23,6 +23,8 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaForCausalLM,
+    Qwen2VLTextConfig,
+    Qwen2VLTextModel,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -292,6 +294,10 @@ def test_rotations_that_cannot_be_continued_are_refused() -> None:
     gpt2 = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)
     refused(lambda: GPT2LMHeadModel(gpt2), 'no rotary position embedding .* Give positions="original"')
     refused(lambda: LlamaForCausalLM(scaled("dynamic", factor=2.0)), "of type 'dynamic', whose frequencies may change")
+    sections = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = Qwen2VLTextConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, rope_parameters=sections)
+    with pytest.raises(CompositionError, match="rotates by time, height and width"):
+        steer.apply(build(lambda: Qwen2VLTextModel(text)), streaming())
     with pytest.raises(CompositionError, match="rotates the last channels of queries and keys, not the first"):
         steer.apply(build(lambda: DeepseekV3ForCausalLM(latent())), streaming(evict=False))
 
