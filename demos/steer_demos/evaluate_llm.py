@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 import steer
 from steer.artifact import installed
-from steer.cli import assignments as assignments
+from steer.cli import assignments
 from steer.method import Method
 from steer_demos import models
 from steer_demos.language_suites import FIRST_SEED, SEARCH_SEED, SUITES, Bench, Rows, suite
@@ -73,7 +74,7 @@ def evaluate_command(
         report["steps"] |= {name: rows}
         report["seconds"] |= {name: round(time.monotonic() - started, 1)}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n")
+        output.write_text(to_text(report))
         show(name, rows, report["seconds"][name])
     print(f"wrote {output}")
     if plots is not None:
@@ -113,6 +114,12 @@ def methods_of(names: list[str], given: Mapping[str, Any], artifacts: list[Path]
     if names and set(given) - used:
         raise ValueError(f"{', '.join(names)} has no field {', '.join(sorted(set(given) - used))}")
     return chosen | {folder.name: steer.load(str(folder)) for folder in artifacts}
+
+
+def to_text(report: Mapping[str, Any]) -> str:
+    """JSON with every list of plain values on one line."""
+    text = json.dumps(report, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 def keep_steps(report: dict[str, Any], before: Mapping[str, Any]) -> None:
