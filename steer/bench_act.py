@@ -2,7 +2,8 @@
 
 Queries, keys and values are those of a language model's layers on the documentation of Python, or drawn with planted
 sinks. The variants of a case take turns, so that a noisy moment hits them all. Memory is what the process grows by at
-most during one call, its scratch included. Errors are against the formula on the whole map in fp64.
+most during one call, its scratch included; on a GPU, what torch holds there. Errors are the largest difference of any
+output from the formula on the whole map in fp64.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def measure(
     """One row for each variant at one layer and length."""
     query, key, value = (t.contiguous() for t in (query, key, value))
     heads, tokens = query.shape[1], query.shape[2]
-    some = torch.arange(0, heads, 3)
+    some = torch.arange(0, heads, 3, device=query.device)
     method = ACT()
     site = Site(name, 0, "causal", heads, key.shape[1], query.shape[3], "sdpa")
     call = Call(query, key, value, None, scale, True, site, 0)
@@ -111,7 +112,7 @@ def measure(
                 "milliseconds": statistics.median(spent) * 1e3,
                 "spread": (max(spent) - min(spent)) * 1e3,
                 "over_sdpa": statistics.median(spent) / statistics.median(times[0]),
-                "megabytes": _peak(make),
+                "megabytes": _peak(make, query.device),
                 "error": max((float((out[:, h].double() - truth[h]).abs().max()) for h in which), default=None),
             }
         )
@@ -179,8 +180,13 @@ def drawn(tokens: int) -> Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.T
     return {"drawn": (query, key, value, WIDTH**-0.5)}
 
 
-def _peak(call: Callable[[], Any]) -> float | None:
-    """MiB that the process grows by at most in one call; None where the system does not tell."""
+def _peak(call: Callable[[], Any], device: torch.device) -> float | None:
+    """MiB that the process, or what torch holds on a GPU, grows by at most in one call; None where nobody tells."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - held) / 2**20
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")

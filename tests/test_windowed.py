@@ -32,7 +32,8 @@ from transformers import (
 import steer
 from steer.bind import CompositionError
 from steer.select import SelectorError
-from steer.windowed import Windowed, Windows
+from steer.windowed import Windowed
+from steer.windows import Windows
 from steer_patches.site import Site
 from steer_patches.windowed_cache import Arriving, Store, WindowedLayer
 

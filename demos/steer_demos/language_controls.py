@@ -45,7 +45,7 @@ class ChosenKeys(Method, register=False):
 
     def scores(self, call: Call) -> torch.Tensor:
         """(B or 1, H, S, T): what is larger is kept first."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no scores(call)")
 
     def keep(self, call: Call) -> torch.Tensor:
         """The kept keys, bool (B, H, S, T)."""

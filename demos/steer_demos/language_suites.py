@@ -9,7 +9,7 @@ moa          windows of each head's own against one window for all, at equal den
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -65,6 +65,15 @@ class Bench:
         """A measure of every method, with the difference from the dense model."""
         rows = {name: measure(self.model, self.tokenizer, method, **settings) for name, method in self.methods.items()}
         return with_differences(rows)
+
+    def pass_keys(
+        self, methods: Mapping[str, Method | None], tokens: int, depths: Sequence[float], trials: int
+    ) -> Rows:
+        """Pass keys at some depths of prompts of one length."""
+        size: dict[str, Any] = {"lengths": (tokens,), "depths": depths, "trials": trials, "seed": FIRST_SEED}
+        return {
+            name: measures.passkey_grid(self.model, self.tokenizer, method, **size) for name, method in methods.items()
+        }
 
 
 Step = Callable[[Bench], Rows]
@@ -158,12 +167,11 @@ def window_passkeys(bench: Bench) -> Rows:
     """Keys in the last 256 tokens of 900, and before these."""
     tokens, window, trials = (256, 96, 1) if bench.small else (900, 256, 2)
     method = steer.StreamingLLM(n_sink=4, n_recent=window, positions="original")
-    rows = {}
+    rows: Rows = {}
     for place, depths in {"outside": (0.1, 0.3, 0.5, 0.65), "inside": (0.9, 0.95)}.items():
-        for name, chosen in {"dense": None, f"sinks 4, window {window}": method}.items():
-            rows[f"{name}, key {place} the window"] = measures.passkey_grid(
-                bench.model, bench.tokenizer, chosen, lengths=(tokens,), depths=depths, trials=trials, seed=FIRST_SEED
-            )
+        methods = {"dense": None, f"sinks 4, window {window}": method}
+        named = {f"{name}, key {place} the window": chosen for name, chosen in methods.items()}
+        rows |= bench.pass_keys(named, tokens, depths, trials)
     return rows
 
 
@@ -201,18 +209,7 @@ def heads(bench: Bench) -> Rows:
         drawn = random_heads(plan, k, outside, seed)
         masks[f"{k} random masked, seed {seed}"] = steer.RetrievalHeads(heads=drawn)
     tokens, trials = (192, 1) if bench.small else (400, 2)
-    rows = {
-        name: measures.passkey_grid(
-            bench.model,
-            bench.tokenizer,
-            method,
-            lengths=(tokens,),
-            depths=(0.2, 0.4, 0.6, 0.8),
-            trials=trials,
-            seed=FIRST_SEED,
-        )
-        for name, method in masks.items()
-    }
+    rows = bench.pass_keys(masks, tokens, (0.2, 0.4, 0.6, 0.8), trials)
     rows["dense"] |= {
         "scores": scores[0].tolist(),
         "heads_above_0.1": int((scores[0] >= 0.1).sum()),
@@ -244,21 +241,11 @@ def spared_heads(bench: Bench) -> Rows:
         "best half kept": steer.DuoAttention(plan=plan, **shared),
         "last half kept": steer.DuoAttention(plan=opposite, **shared),
     }
-    rows = {}
+    rows = bench.pass_keys(methods, tokens, (0.1, 0.25, 0.4, 0.55), trials)
+    ids = text(bench.tokenizer, tokens, FIRST_SEED)
     for name, method in methods.items():
-        rows[name] = measures.passkey_grid(
-            bench.model,
-            bench.tokenizer,
-            method,
-            lengths=(tokens,),
-            depths=(0.1, 0.25, 0.4, 0.55),
-            trials=trials,
-            seed=FIRST_SEED,
-        )
-        ids = text(bench.tokenizer, tokens, FIRST_SEED)
-        rows[name]["cache_bytes"] = measures.loss_by_length(bench.model, ids, method, bucket=tokens)["parts"][-1][
-            "cache_bytes"
-        ]
+        parts = measures.loss_by_length(bench.model, ids, method, bucket=tokens)["parts"]
+        rows[name]["cache_bytes"] = parts[-1]["cache_bytes"]
     return rows
 
 

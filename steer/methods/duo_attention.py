@@ -11,7 +11,8 @@ import torch
 
 from steer.methods.retrieval_heads import RetrievalSearch, check_scores, plan_of, planned
 from steer.plan import Plan
-from steer.windowed import Windowed, Windows
+from steer.windowed import Windowed
+from steer.windows import Windows
 from steer_patches.attach import find_sites, plain
 from steer_patches.family import Family
 from steer_patches.site import Site

@@ -17,7 +17,8 @@ from steer.allocation import allocate
 from steer.method import Method
 from steer.plan import Plan, Search
 from steer.sensitivity import Measure, effect_of_windows
-from steer.windowed import Windowed, Windows
+from steer.windowed import Windowed
+from steer.windows import Windows
 from steer_patches.attach import find_sites, plain
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Scope, Site

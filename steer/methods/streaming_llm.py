@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from steer.bind import CompositionError
-from steer.windowed import Group, Ready, Sites, Windowed, Windows, is_softmax, sink_window
+from steer.windowed import Ready, Sites, Windowed, is_softmax, sink_window
+from steer.windows import Group, Windows
 from steer_kernels import block_sparse_attention, merge, partial
 from steer_patches.family import Family
 from steer_patches.rotary import Rotary, rotary_of, turn

@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import steer
 from steer import StreamingLLM
 from steer.state import CompositionError
-from steer.windowed import Windows
+from steer.windows import Windows
 from steer_patches.attach import find_sites
 from steer_patches.rotary import rotary_of, turn
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from probes import Count, Scale, Through, assert_untouched, inputs_of, snapshot
-from tiny import FAMILIES, PADDED_TOKENS, VOCABULARY, build, output
+from tiny import FAMILIES, PADDED_TOKENS, build, output
+from tiny_language import SMALL
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -211,18 +212,6 @@ def test_copies_of_a_configuration_are_plain() -> None:
     assert twin._attn_implementation == "sdpa"
 
 
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 WINDOWED = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=5)),
     "qwen2": lambda: Qwen2ForCausalLM(
