@@ -49,6 +49,8 @@ class Method:
     any_order: ClassVar[bool] = False  # does not look at where on the grid a token is
     needs_video: ClassVar[bool] = False  # makes no sense on single images
     needs_softmax: ClassVar[bool] = False  # reckons with a softmax of scaled products, which capped scores are not
+    needs_pictures: ClassVar[bool] = False  # works on what a vision-language model has of its pictures
+    needs_blocks: ClassVar[bool] = False  # drives the model's layers, see `scope.blocks`
     needs_grid: ClassVar[bool] = False  # every site must have the same, known grid of tokens
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
@@ -85,6 +87,13 @@ class Method:
 
     def before_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
         """Called before every pass in which the method is on, outside of compiled regions; `sites` with head masks."""
+
+    def after_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]], output: Any) -> Any:
+        """Called with the output of every forward of a language model in which the method is on; what the caller gets.
+
+        In `before_forward`, `attend` and here `scope.again(at=..., **changes)` runs the model once more, unsteered.
+        """
+        return output
 
     def prepare_cache(self, cache: Any, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
         """Called before every forward of a language model with its transformers `Cache`, before `before_forward`.

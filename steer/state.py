@@ -156,6 +156,8 @@ class State:
                 self._undo.append(put(model, "_steer_state", self))
                 attachment.before.append(functools.partial(self._before, key))
                 attachment.positions = functools.partial(self._positions, key)
+                attachment.after = functools.partial(self._after, key)
+                attachment.before_pictures = functools.partial(self._set_chains, key, None)
             if self.pipeline is not None:
                 self._undo.append(put(self.pipeline, "_steer_state", self))
                 self.clock.on_run.append(self._on_run)
@@ -193,8 +195,10 @@ class State:
             attachment.prepares = any(b.method.prepares for b in self.bindings if b.model == key)
             if wanted and attachment.reordering.refusal is None:
                 attachment.reordering.attach()
-            if guided:
+            attachment.needs_pictures = any(b.method.needs_pictures for b in self.bindings if b.model == key)
+            if guided or any(b.method.needs_blocks for b in self.bindings if b.model == key):
                 attachment.tape.attach()
+            if guided:
                 attachment.around = Guide(attachment, guided, functools.partial(self._change_pass, key), self._shifts)
             self._set_chains(key, None)
 
@@ -218,6 +222,14 @@ class State:
         active = (b.method for b in self.bindings if b.model == key and _runs_now(b, run))
         wanted = (method.position_ids(text) for method in active)
         return next((positions for positions in wanted if positions is not None), None)
+
+    def _after(self, key: str, output: Any) -> Any:
+        """What the methods that are on make of the output of a language model's forward."""
+        attachment = self.attachments[key]
+        for binding in self.bindings:
+            if binding.model == key and _runs_now(binding, attachment.clock.run):
+                output = binding.method.after_forward(attachment.scope, binding.live, output)
+        return output
 
     def _change_pass(self, key: str, branch: Binding | None) -> None:
         """A guidance method's perturbed pass begins, or (None) all passes of the forward are over."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from threading import RLock
 from typing import Any
 
@@ -20,11 +21,13 @@ from steer_kernels.order import TokenOrder
 from steer_patches import interface
 from steer_patches.blocks import Tape
 from steer_patches.clock import Clock
+from steer_patches.encoding import follow_encoders
 from steer_patches.family import Family, family_of
 from steer_patches.generation import Text, generates, text_of, with_cache
+from steer_patches.pictures import pictures_of
 from steer_patches.processors import Ports, UnhookableProcessor, steered_class
 from steer_patches.reorder import Reordering
-from steer_patches.site import Layout, Scope, Site
+from steer_patches.site import Call, Layout, Next, Run, Scope, Site
 from steer_patches.swap import mix, put, subclass, swap
 
 
@@ -130,6 +133,9 @@ class Attachment:
         before: called before every forward, once the clock is set.
         prepares: whether what `before` does differs from forward to forward.
         positions: of a language model: called last before its forward; other position ids for its tokens, or None.
+        needs_pictures: whether a method wants to know which tokens show pictures.
+        before_pictures: called before pictures are encoded ahead of their forward.
+        after: of a language model: called with the forward's output; returns what the caller gets.
     """
 
     def __init__(self, model: torch.nn.Module, clock: Clock) -> None:
@@ -138,11 +144,15 @@ class Attachment:
         self.scope = Scope()
         self.sites = find_sites(self.inner, self.scope)
         self.tape = Tape(self.inner, self.family)
+        self.scope.blocks = self.tape.blocks
         self.reordering = Reordering(self.inner, self.family)
         self.around: Around | None = None
         self.before: list[Callable[[], None]] = []
         self.prepares = False
         self.positions: Callable[[Text], torch.Tensor | None] | None = None
+        self.needs_pictures = False
+        self.before_pictures: Callable[[], Any] | None = None
+        self.after: Callable[[Any], Any] | None = None
         self._generates = generates(self.inner)
         self._may_reorder = False
         self._in_turn = RLock()  # sites know one forward at a time; reentrant for torch.compile's wrapper
@@ -178,6 +188,8 @@ class Attachment:
         if self._generates:
             self._undo.append(put(self.inner, "_steer_gate", self.gate))
             self._undo.append(mix(self.inner, Generating))
+            if self.family is not None and self.family.pictures is not None:
+                self._undo += follow_encoders(self.inner, self.scope, self._begin_encoding)
         self.clock.scopes.append(self.scope)
         self.scope.run = self.clock.run
         self.clock.on_run.append(self.verify)
@@ -258,6 +270,7 @@ class Attachment:
                 return self._next_tokens(forward, args, kwargs, arguments)
             finally:
                 self.scope.in_forward, self.scope.text = False, None
+                self.scope.arguments, self.scope.again, self.scope.read = {}, None, {}
         for hook in self.before:
             hook()
         if self.around is None:
@@ -271,7 +284,12 @@ class Attachment:
         cache = with_cache(self.inner, arguments)
         if cache is not arguments.get("past_key_values"):
             args, kwargs = self._with(args, kwargs, "past_key_values", cache)
-        self.scope.text, run = text_of(arguments, cache)
+        text, run = text_of(arguments, cache)
+        self.scope.text = text
+        if text is not None and self.needs_pictures:
+            found, self.scope.read = pictures_of(self.inner, self.family, arguments, run, text.past, text.new)
+            self.scope.text = replace(text, pictures=found)
+        self.scope.arguments, self.scope.again = arguments, partial(self._again, forward, arguments)
         self.clock.follow(run)
         for hook in self.before:
             hook()
@@ -281,8 +299,50 @@ class Attachment:
             self.scope.text = replace(text, positions=moved)
             args, kwargs = self._with(args, kwargs, "position_ids", moved)
         output = forward(*args, **kwargs)
+        if self.after is not None:
+            output = self.after(output)
         run.step += 1
         return output
+
+    def _begin_encoding(self) -> None:
+        """Pictures are encoded, and no forward is under way: it is that of a prompt which comes next."""
+        self.clock.follow(Run(phase="prefill"))
+        if self.before_pictures is not None:
+            self.before_pictures()
+
+    def _again(
+        self,
+        forward: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        at: Mapping[str, Callable[[Call, Next], torch.Tensor]] | None = None,
+        **changes: Any,
+    ) -> Any:
+        """Run the model inside a forward, unsteered, with some arguments of that forward changed.
+
+        Args:
+            at: attention calls to make in another way, site name -> attend(call, next).
+            changes: arguments by name; one that is None is given as None.
+        """
+        scope, given = self.scope, {**arguments, **changes}
+        before = [(site, site.chain) for site in self.sites]
+        actions = [(block, block.action) for block in self.tape.blocks]
+        deltas = [(m, m.rope_deltas) for m in self.inner.modules() if "rope_deltas" in vars(m)]  # of Qwen's positions
+        text = scope.text
+        try:
+            for site in self.sites:
+                site.chain = (Instead(at[site.name]),) if at and site.name in at else ()
+            for block in self.tape.blocks:
+                block.action = None
+            scope.text = text_of(given, given.get("past_key_values"))[0]
+            return forward(**given)
+        finally:
+            scope.text = text
+            for site, chain in before:
+                site.chain = chain
+            for block, action in actions:
+                block.action = action
+            for module, delta in deltas:
+                module.rope_deltas = delta
 
     def _with(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
@@ -354,6 +414,13 @@ def does_cfg(pipeline: Any, arguments: Mapping[str, Any]) -> bool:
     if stated is not None:
         return bool(stated)
     return float(arguments.get("guidance_scale") or 0.0) > 1.0
+
+
+class Instead:
+    """What a site's chain holds in a pass that a method runs for itself."""
+
+    def __init__(self, attend: Callable[[Call, Next], torch.Tensor]) -> None:
+        self.attend = attend
 
 
 class Gated:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from steer_patches.pictures import Part
+
 Grid = tuple[int, int, int]
+PictureParts = Callable[[torch.nn.Module, Mapping[str, Any], torch.Tensor], Mapping[int, Sequence[Part]]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Family:
         video: True where the grid may have several frames.
         caps_scores: True where attention scores are capped before the softmax.
         text_tokens: (model, forward arguments) -> text tokens of a joint sequence, None where each row has its own.
+        pictures: of a vision-language model: (model, forward arguments, ids (B, S)) of a forward that brings pictures
+            -> for each token id that stands for pictures their parts, in the order of their tokens.
         presets: method name -> known-good settings, or several of them, the default first.
     """
 
@@ -93,6 +98,7 @@ class Family:
     video: bool = False
     caps_scores: bool = False
     text_tokens: Callable[[torch.nn.Module, Mapping[str, Any]], int | None] = text_length
+    pictures: PictureParts | None = None
     presets: Mapping[str, Preset | tuple[Preset, ...]] = field(default_factory=dict)
 
     def preset(self, method: str, name: str | None = None) -> Preset | None:

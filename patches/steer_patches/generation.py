@@ -12,6 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
 from steer_patches.blocks import map_tensors
+from steer_patches.family import family_of
+from steer_patches.pictures import Pictures
 from steer_patches.site import Run
 from steer_patches.swap import mix
 
@@ -28,6 +30,7 @@ class Text:
         positions: (B or 1, new) position ids that the model will use.
         valid: (B, past + new) bool, False = padding; None = all are real.
         cache: where keys and values are kept; None where the model runs without.
+        pictures: those of the sequence up to its last token; None = there are none, or steer does not know the family.
     """
 
     past: int
@@ -35,15 +38,17 @@ class Text:
     positions: torch.Tensor
     valid: torch.Tensor | None = None
     cache: Cache | None = field(default=None, repr=False)
+    pictures: Pictures | None = None
 
 
 def generates(model: torch.nn.Module) -> bool:
     """Whether `model` is a transformers decoder, whose sequences steer can follow from forward to forward."""
-    return (
-        isinstance(model, PreTrainedModel)
-        and not getattr(model.config, "is_encoder_decoder", False)
-        and any(getattr(module, "is_causal", False) is True for module in model.modules())
-    )
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    family = family_of(model)
+    if family is not None and "causal" in family.kinds.values():  # PaliGemma's modules say that they are not
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def makes_cache(model: PreTrainedModel) -> bool:
@@ -115,6 +120,14 @@ def _valid(mask: Any, tokens: int) -> torch.Tensor | None:
     return None if bool(valid.all()) else valid
 
 
+def _caches(tree: Any) -> list[Cache]:
+    """The caches that methods keep beside the sequence's own: of dynamic layers, which are only tensors."""
+    if isinstance(tree, Cache):
+        return [tree]
+    items = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    return [cache for item in items for cache in _caches(item)]
+
+
 class Followed:
     """Mixed into a cache: what methods keep for its sequences is reordered, repeated and dropped with it."""
 
@@ -122,6 +135,10 @@ class Followed:
         run: Run | None = self.__dict__.get(RUN)  # None: nothing was steered since the cache was emptied
         if run is not None:
             run.memory = map_tensors(run.memory, change)
+            for cache in _caches(run.memory):
+                for layer in cache.layers:
+                    if layer.is_initialized:
+                        layer.keys, layer.values = change(layer.keys), change(layer.values)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

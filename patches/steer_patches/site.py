@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from steer_kernels.order import TokenOrder
 
 if TYPE_CHECKING:
+    from steer_patches.blocks import Block
     from steer_patches.generation import Text
 
 ROLES = ("uncond", "cond", "perturbed", "source", "target", "reference")
@@ -114,6 +115,11 @@ class Scope:
         self.in_forward: bool | None = None  # of a language model: whether one that is steered is under way
         self.device = torch.device("cpu")  # of the forward's inputs
         self.run = Run()
+        self.blocks: list[Block] = []  # the model's layers, driven where a method `needs_blocks`
+        self.arguments: Mapping[str, Any] = {}  # of the forward of a language model that is under way
+        self.again: Callable[..., Any] | None = None  # runs the model under way with other arguments
+        self.reading: dict[Any, Any] | None = None  # while pictures are encoded: what methods keep of it, by any key
+        self.read: dict[str, dict[Any, Any]] = {}  # "image", "video" -> what they kept of the forward's pictures
 
 
 @dataclass(eq=False)

@@ -1,0 +1,61 @@
+"""The attention of one query for each row of the batch, through its row of the map: cheap, and free to edit."""
+
+from __future__ import annotations
+
+import torch
+
+from steer_patches.site import Call
+
+
+def last_tokens(call: Call) -> torch.Tensor:
+    """(B,) int64: for each row the place of its last real token among the queries of the call."""
+    batch, queries = call.query.shape[0], call.query.shape[2]
+    text = call.text
+    if queries == 1 or text is None or text.valid is None:
+        return torch.full((batch,), queries - 1, device=call.query.device)
+    at = torch.arange(queries, device=call.query.device)
+    return torch.where(text.valid[:, text.past :].to(at.device), at, 0).amax(-1).expand(batch)
+
+
+def row_scores(call: Call, at: torch.Tensor) -> torch.Tensor:
+    """(B, H, S_kv) float32, or float64: the scaled products of one query a row, -inf where it may not attend.
+
+    Args:
+        at: (B,) int64, which query of each row.
+    """
+    batch, heads, queries, width = call.query.shape
+    groups, keys = call.key.shape[1], call.key.shape[2]
+    query = call.query if queries == 1 else call.query.gather(2, at.view(-1, 1, 1, 1).expand(-1, heads, 1, width))
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scores = (query.reshape(batch, groups, -1, width) @ call.key.mT).view(batch, heads, keys).to(exact)
+    scores = scores * call.softmax_scale
+    softcap = None if call.site.processor == "sdpa" else call.extra.get("softcap")  # sdpa takes none
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    keep, causal = call.visible()
+    if causal and queries > 1:
+        last = at[:, None] + keys - queries
+        keep = (torch.arange(keys, device=at.device) <= last)[:, None, None]
+    elif keep is not None and keep.shape[2] > 1:
+        index = at.view(-1, 1, 1, 1).expand(-1, keep.shape[1], 1, keep.shape[3])
+        keep = keep.expand(batch, -1, -1, -1).gather(2, index)
+    return scores if keep is None else scores.masked_fill(~keep[:, :, 0], -torch.inf)
+
+
+def row_output(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(B, H, 1, D): weights (B, H, S_kv) of one query a row over the values (B, H_kv, S_kv, D)."""
+    groups = value.shape[1]
+    return (weights.to(value.dtype).unflatten(1, (groups, -1)) @ value).flatten(1, 2)[:, :, None]
+
+
+def with_rows(out: torch.Tensor, at: torch.Tensor, rows: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
+    """`out` (B, H, S, D) with the outputs `rows` (B, H, 1, D) of the queries `at` (B,), in heads and rows `which`.
+
+    Args:
+        which: boolean, broadcastable to (B, H, 1, 1); None = all.
+    """
+    index = at.view(-1, 1, 1, 1).expand(-1, out.shape[1], 1, out.shape[3])
+    rows = rows.to(out.dtype)
+    if which is not None:
+        rows = torch.where(which, rows, out if out.shape[2] == 1 else out.gather(2, index))
+    return rows if out.shape[2] == 1 else out.scatter(2, index, rows)
