@@ -160,6 +160,8 @@ def unfit(method: type[Method], family: Family | None) -> str | None:
     """Why a method cannot work on models of a family, by what it needs of them; None if it can."""
     if method.needs_softmax and family is not None and family.caps_scores:
         return "it caps its attention scores"
+    if method.needs_causal and family is not None and family.open_prompt:
+        return "all tokens of its prompt see each other"
     if method.needs_pictures and (family is None or family.pictures is None):
         return "it takes no pictures, or steer does not know which of its tokens show them"
     if not (method.needs_grid or method.needs_video):

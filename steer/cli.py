@@ -58,12 +58,19 @@ def methods(markdown: Annotated[bool, typer.Option(help="Print the README's tabl
 
 
 def methods_table_markdown() -> str:
-    """Methods x model families, from the registry: a table each of guidance, sparse attention and language models."""
-    groups: dict[str, list[type[Method]]] = {"guidance": [], "sparse": [], "language": []}
+    """Methods x model families, from the registry: a table each of guidance, sparse, language and vision-language."""
+    groups: dict[str, list[type[Method]]] = {"guidance": [], "sparse": [], "language": [], "vision": []}
     for method in steer.methods().values():
-        kind = "language" if method.kinds == ("causal",) else "sparse" if issubclass(method, Sparse) else "guidance"
-        groups[kind].append(method)
+        groups[_group(method)].append(method)
     return "\n\n".join(_table(group) for group in groups.values() if group)
+
+
+def _group(method: type[Method]) -> str:
+    if method.needs_pictures:
+        return "vision"
+    if method.kinds == ("causal",):
+        return "language"
+    return "sparse" if issubclass(method, Sparse) else "guidance"
 
 
 def _table(methods: list[type[Method]]) -> str:

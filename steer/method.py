@@ -49,6 +49,7 @@ class Method:
     any_order: ClassVar[bool] = False  # does not look at where on the grid a token is
     needs_video: ClassVar[bool] = False  # makes no sense on single images
     needs_softmax: ClassVar[bool] = False  # reckons with a softmax of scaled products, which capped scores are not
+    needs_causal: ClassVar[bool] = False  # tokens of the prompt must not see later ones
     needs_pictures: ClassVar[bool] = False  # works on what a vision-language model has of its pictures
     needs_blocks: ClassVar[bool] = False  # drives the model's layers, see `scope.blocks`
     needs_grid: ClassVar[bool] = False  # every site must have the same, known grid of tokens

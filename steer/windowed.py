@@ -82,6 +82,7 @@ class Windowed(Method, register=False):
 
     stage: ClassVar[str] = "kernel"
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
+    needs_causal: ClassVar[bool] = True
     default_layers: ClassVar[str] = "*"
     without_preset: ClassVar[str] = "`steer.calibrate`"  # what the table of methods says, see `steer.sparse.Sparse`
 

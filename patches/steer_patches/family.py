@@ -78,6 +78,7 @@ class Family:
         main_port: port of the ordinary attention call, where a processor has others before it.
         video: True where the grid may have several frames.
         caps_scores: True where attention scores are capped before the softmax.
+        open_prompt: True where all tokens of the prompt see each other, so that only what is generated is causal.
         text_tokens: (model, forward arguments) -> text tokens of a joint sequence, None where each row has its own.
         pictures: of a vision-language model: (model, forward arguments, ids (B, S)) of a forward that brings pictures
             -> for each token id that stands for pictures their parts, in the order of their tokens.
@@ -97,6 +98,7 @@ class Family:
     main_port: int = 0
     video: bool = False
     caps_scores: bool = False
+    open_prompt: bool = False
     text_tokens: Callable[[torch.nn.Module, Mapping[str, Any]], int | None] = text_length
     pictures: PictureParts | None = None
     presets: Mapping[str, Preset | tuple[Preset, ...]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ import torch
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape as tiles_of
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches, unpad_image
 
-from steer_patches.family import Family, PictureParts, Stage, register
+from steer_patches.family import Family, PictureParts, Preset, Stage, register
 from steer_patches.pictures import Part, cells
 
 LANGUAGE = {"*language_model.layers.*.self_attn": "causal", "*text_model.layers.*.self_attn": "causal"}
@@ -19,8 +19,8 @@ LAYERS = tuple(
 )
 
 
-def _family(name: str, parts: PictureParts, *models: str, caps: bool = False) -> Family:
-    return register(Family(name, models, LANGUAGE, LAYERS, cfg="none", caps_scores=caps, pictures=parts))
+def _family(name: str, parts: PictureParts, *models: str, **stated: Any) -> Family:
+    return register(Family(name, models, LANGUAGE, LAYERS, cfg="none", pictures=parts, **stated))
 
 
 def _config(model: torch.nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
@@ -215,6 +215,7 @@ QWEN_VL = _family(
     "Qwen2VLModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLModel",
+    presets={"StreamingLLM": Preset({"positions": "original"}, "a picture's tokens have no one position")},
 )
 IDEFICS = _family(
     "Idefics3, SmolVLM",
@@ -224,4 +225,4 @@ IDEFICS = _family(
     "SmolVLMForConditionalGeneration",
     "SmolVLMModel",
 )
-PALIGEMMA = _family("PaliGemma", _pali, "PaliGemmaForConditionalGeneration", "PaliGemmaModel")
+PALIGEMMA = _family("PaliGemma", _pali, "PaliGemmaForConditionalGeneration", "PaliGemmaModel", open_prompt=True)
