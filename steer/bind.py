@@ -107,7 +107,7 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
         raise CompositionError(
             f"{type(method).__name__} guides denoisers by a second pass; {type(model).__name__} is a language model"
         )
-    layers = method.layers
+    layers = method.layers_in(model, sites)
     if layers is None and isinstance(method.heads, Mapping):
         layers = list(method.heads)
     if layers is None:
@@ -128,7 +128,8 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
             f"layers={layers!r} matches only {kinds} attention, but {type(method).__name__} works on "
             f"{', '.join(method.kinds)}. This model has:\n{listing(able)}"
         )
-    refused = next((site for site in chosen_sites if not site.ports), None)
+    read = method.reads(model, sites)
+    refused = next((site for site in [*chosen_sites, *read] if not site.ports), None)
     if refused is not None:
         raise UnhookableProcessor(f"{refused.name}: {refused.refusal}")
     if isinstance(method.heads, Mapping):
@@ -143,7 +144,9 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
     masks = {site.name: head_mask(method.heads, site) for site in chosen_sites}
     masks = {name: mask for name, mask in masks.items() if mask is None or bool(mask.any())}
     prefix = min((_block_index(name, blocks) for name in masks), default=0)
-    return Binding(method, given, key, masks, prefix=prefix) if masks else None
+    if not masks:
+        return None
+    return Binding(method, given, key, {**{site.name: None for site in read}, **masks}, prefix=prefix)
 
 
 def _check_family(method: Method, family: Family | None, model: torch.nn.Module) -> None:

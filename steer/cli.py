@@ -449,6 +449,24 @@ def bench_act(
     bench_act.run(model=opened, tokenizer=tokenizer, repeats=repeats, small=small, output=output, console=console)
 
 
+@bench_app.command("vlm")
+def bench_vlm(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A LLaVA-1.5, e.g. emoji-vlm, to measure besides the one of random weights."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed tokens of each, and a fifth as many prompts.", min=2)] = 30,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
+    small: Annotated[bool, typer.Option(help="A tiny setting that shows the mechanics, not the speed.")] = False,
+    output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """A token and a prompt with methods for vision-language models, beside plain attention and edited maps."""
+    from steer import bench_vlm
+
+    models = {} if model is None else {model: _open(model)}
+    bench_vlm.run(models=models, repeats=repeats, device=device, small=small, output=output, console=console)
+
+
 def main() -> None:
     """Entry point of the `steer` script."""
     for library in (diffusers, transformers):

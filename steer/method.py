@@ -80,11 +80,25 @@ class Method:
         """The method as it runs on one model: a copy with what it takes from the family, and with its own state."""
         return self
 
+    def layers_in(self, model: torch.nn.Module, sites: Sequence[Site]) -> str | Sequence[str] | None:
+        """The layers to select on a model with these sites; None = the family's preset.
+
+        For methods whose layers depend on the model's depth, or that also read layers which they do not edit.
+        """
+        return self.layers
+
     def prepare_model(self, model: torch.nn.Module, sites: Sequence[Site]) -> None:
         """Called with the selected sites before anything changes: refuse what cannot work, keep what is needed.
 
         What is kept belongs to one model, so `resolved` must have returned a copy then.
         """
+
+    def reads(self, model: torch.nn.Module, sites: Sequence[Site]) -> Sequence[Site]:
+        """Sites among all of the model's at which the method looks, whatever `layers` and `heads` select for editing.
+
+        They are bound with all their heads, beside the selected ones.
+        """
+        return ()
 
     def before_forward(self, scope: Scope, sites: Mapping[str, tuple[Site, torch.Tensor | None]]) -> None:
         """Called before every pass in which the method is on, outside of compiled regions; `sites` with head masks."""

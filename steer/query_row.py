@@ -34,7 +34,8 @@ def row_scores(call: Call, at: torch.Tensor) -> torch.Tensor:
         scores = softcap * torch.tanh(scores / softcap)
     keep, causal = call.visible()
     if causal and queries > 1:
-        last = at[:, None] + keys - queries
+        prompt = call.text is not None and call.text.past == 0  # more keys than queries are then a cache's free slots
+        last = at[:, None] + (0 if prompt else keys - queries)
         keep = (torch.arange(keys, device=at.device) <= last)[:, None, None]
     elif keep is not None and keep.shape[2] > 1:
         index = at.view(-1, 1, 1, 1).expand(-1, keep.shape[1], 1, keep.shape[3])

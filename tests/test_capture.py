@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import tiny_vision_language as vision_language
 import torch
 import torch.nn.functional as F
 from probes import inputs_of
@@ -262,3 +263,135 @@ def test_causal_queries_after_a_cache() -> None:
         method.attend(Call(rows, key, key, None, None, True, site, 0), lambda call: call.query)
         assert torch.equal(method.maps["attention"] > 0, torch.ones(5, 5).tril()[None, -rows.shape[2] :] > 0)
         method = Capture(layers="*", columns="all")
+
+
+def eager_maps(name: str, given: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The maps of the decoder that the eager vision-language model itself returns."""
+    model = vision_language.model_of(name)
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            maps = model(**given, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation("sdpa")
+    return {site.name: found for site, found in zip(decoder(model), maps, strict=True)}
+
+
+def decoder(model: nn.Module) -> list[Site]:
+    return [site for site in steer.sites(model) if site.kind == "causal"]
+
+
+@pytest.mark.parametrize("name", vision_language.MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_columns_of_pictures_and_of_text(name: str, side: str) -> None:
+    """The decoder's layers only; together they are the whole map, and each is 0 where a row has no such token."""
+    model, given = vision_language.model_of(name), vision_language.inputs(name, side=side)
+    expected = eager_maps(name, given)
+    with torch.no_grad():
+        baseline = model(**given).logits
+    real = given["attention_mask"].bool()
+    for columns in ("image", "text"):
+        with torch.no_grad(), steer.capture(model, columns=columns, keep_heads=True) as captured:
+            assert torch.equal(model(**given).logits, baseline)
+        assert captured.pictures is not None
+        wanted = captured.pictures.shows if columns == "image" else ~captured.pictures.shows
+        assert captured.tokens == tuple(wanted.any(0).nonzero().flatten().tolist()) and len(captured.tokens) > 2
+        assert list(captured.maps) == list(expected)
+        for site, found in captured.maps.items():
+            dense = (expected[site] * wanted[:, None, None])[..., list(captured.tokens)] * real[:, None, :, None]
+            assert torch.allclose(found * real[:, None, :, None], dense, atol=1e-6), site
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_the_answer_looks_at_pictures(name: str) -> None:
+    """`generate` gives what one forward over all its tokens would; queries="last" the rows that make its tokens."""
+    model, given = vision_language.model_of(name), vision_language.inputs(name)
+    tokens = given["input_ids"].shape[1]
+    found = {}
+    for queries in ("all", "last"):
+        for columns in ("image", "text"):
+            with steer.capture(model, columns=columns, queries=queries) as captured:
+                answer = vision_language.greedy(model, given)
+            found[queries, columns] = captured
+    ids = torch.cat([given["input_ids"], answer[:, :-1]], dim=1)
+    whole = {
+        **given,
+        "input_ids": ids,
+        "attention_mask": F.pad(given["attention_mask"], (0, answer.shape[1] - 1), value=1),
+    }
+    if "mm_token_type_ids" in given:
+        whole["mm_token_type_ids"] = F.pad(given["mm_token_type_ids"], (0, answer.shape[1] - 1))
+    for columns in ("image", "text"):
+        with torch.no_grad(), steer.capture(model, columns=columns) as once:
+            model(**whole)
+        real = whole["attention_mask"].bool()[:, :, None]
+        for site, expected in once.maps.items():
+            every, last = found["all", columns].maps[site], found["last", columns].maps[site]
+            assert torch.allclose(every * real, expected * real, atol=1e-6)
+            assert torch.allclose(last, every[:, tokens - 1 :], atol=1e-6)
+        assert found["last", columns].tokens == once.tokens
+
+
+def test_the_last_query_of_rows_padded_on_the_right() -> None:
+    name = "llava"
+    model, given = vision_language.model_of(name), vision_language.inputs(name, side="right")
+    at = given["attention_mask"].sum(-1) - 1
+    assert at[0] != at[1]
+    for effective in (False, True):
+        maps = []
+        for queries in ("all", "last"):
+            with (
+                torch.no_grad(),
+                steer.capture(model, columns="image", queries=queries, effective=effective) as captured,
+            ):
+                model(**given)
+            maps.append(captured.maps["model.language_model.layers.1.self_attn"])
+        assert maps[1].shape == (2, 1, maps[0].shape[-1])
+        assert torch.allclose(maps[1][:, 0], maps[0][torch.arange(2), at], atol=1e-7)
+
+
+def test_columns_of_beams_and_of_prompts_without_pictures() -> None:
+    name, site = "llava", "model.language_model.layers.1.self_attn"
+    model, given = vision_language.model_of(name), vision_language.inputs(name, vision_language.ONE)
+    with steer.capture(model, columns="image", queries="last") as captured:
+        answer = vision_language.greedy(model, given, num_beams=2)
+    assert captured.maps[site].shape == (2, answer.shape[1], 16) and captured.maps[site].min() > 0
+    rows = [vision_language.ONE[0], [5]]
+    with torch.no_grad(), steer.capture(model, columns="image") as captured:
+        model(**vision_language.inputs(name, rows))
+    assert captured.maps[site][0].any() and not captured.maps[site][1].any()
+    given = vision_language.inputs(name, vision_language.WITHOUT)
+    shapes = {}
+    for columns in ("image", "text"):
+        with torch.no_grad(), steer.capture(model, columns=columns) as captured:
+            model(**given)
+        shapes[columns] = captured.maps[site].shape
+        assert captured.pictures is None
+    assert shapes == {"image": (1, 12, 0), "text": (1, 12, 12)}
+
+
+def test_pictures_that_come_later_add_columns() -> None:
+    """A second question with another picture, after the first one's cache."""
+    name = "llava"
+    model = vision_language.model_of(name)
+    first, second = (vision_language.inputs(name, vision_language.ONE, seed=seed) for seed in (0, 1))
+    both = {key: torch.cat([first[key], second[key]], 0 if key == "pixel_values" else 1) for key in first}
+    for columns in ("image", "text"):
+        with torch.no_grad(), steer.capture(model, columns=columns) as once:
+            model(**both)
+        with torch.no_grad(), steer.capture(model, columns=columns) as captured:
+            cache = model(**first).past_key_values
+            model(**{**second, "attention_mask": both["attention_mask"]}, past_key_values=cache)
+        assert captured.tokens == once.tokens
+        for site, expected in once.maps.items():
+            assert torch.allclose(captured.maps[site], expected, atol=1e-6)
+
+
+def test_bad_queries() -> None:
+    with (
+        pytest.raises(ValueError, match="all, last"),
+        steer.capture(language_model("llama"), columns="all", queries="one"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="makes none"), steer.capture(FAMILIES["sd3"].build(), queries="last"):
+        pass

@@ -149,7 +149,14 @@ class Picture:
         return self.tiles[0] * SIDE, self.tiles[1] * SIDE
 
 
-Row = Sequence[int | Picture]  # numbers of text tokens, and pictures
+@dataclass(frozen=True)
+class Video:
+    """A video of frames of the size that the tower takes; only OneVision and the Qwen models have them."""
+
+    frames: int = 2
+
+
+Row = Sequence[int | Picture | Video]  # numbers of text tokens, pictures and videos
 ONE: list[Row] = [[3, Picture(), 6]]
 TWO_PICTURES: list[Row] = [[2, Picture(), 3, Picture((1, 2)), 6]]
 BATCH: list[Row] = [[3, Picture((2, 1)), 9], [6, Picture(), 4]]
@@ -174,14 +181,17 @@ def inputs(name: str, rows: Sequence[Row] = BATCH, side: str = "left", seed: int
         given, tokens = _merged(pictures, generator)
     else:
         given, tokens = _tiled(rows, generator)
-    supply = iter(tokens)
+    filmed, of_videos = _filmed(name, [part for row in rows for part in row if isinstance(part, Video)], generator)
+    given |= filmed
+    supply, supply_of_videos = iter(tokens), iter(of_videos)
     ids = []
     for row in rows:
         line: list[int] = []
         for part in row:
-            line += (
-                torch.randint(3, 40, (part,), generator=generator).tolist() if isinstance(part, int) else next(supply)
-            )
+            if isinstance(part, int):
+                line += torch.randint(3, 40, (part,), generator=generator).tolist()
+            else:
+                line += next(supply if isinstance(part, Picture) else supply_of_videos)
         ids.append(line)
     longest = max(map(len, ids))
     padding = [[0] * (longest - len(line)) for line in ids]
@@ -191,7 +201,7 @@ def inputs(name: str, rows: Sequence[Row] = BATCH, side: str = "left", seed: int
             for line, pad in zip(ids, padding, strict=True)]  # fmt: skip
     result = {"input_ids": torch.tensor(joined), "attention_mask": torch.tensor(real), **given}
     if name.startswith("qwen"):
-        result["mm_token_type_ids"] = (result["input_ids"] == IMAGE).int()
+        result["mm_token_type_ids"] = (result["input_ids"] == IMAGE).int() + 2 * (result["input_ids"] == VIDEO).int()
     if name == "paligemma":
         result["token_type_ids"] = torch.zeros_like(result["input_ids"])
     return result
@@ -235,6 +245,19 @@ def _merged(pictures: Sequence[Picture], generator: torch.Generator) -> tuple[di
     patches = sum(t * h * w for t, h, w in grids)
     given = {"pixel_values": _noise(generator, patches, 3 * 2 * PATCH * PATCH), "image_grid_thw": torch.tensor(grids)}
     return given, [[START] + [IMAGE] * (h * w // 4) + [END] for _, h, w in grids]
+
+
+def _filmed(name: str, videos: Sequence[Video], generator: torch.Generator) -> tuple[dict[str, Any], list[list[int]]]:
+    if not videos:
+        return {}, []
+    side = SIDE // PATCH
+    if name == "llava_onevision":
+        pixels = _noise(generator, len(videos), videos[0].frames, 3, SIDE, SIDE)
+        return {"pixel_values_videos": pixels}, [[VIDEO] * (v.frames * (side // 2) ** 2 + 1) for v in videos]
+    grids = [(video.frames // 2, side, side) for video in videos]  # two frames make one
+    pixels = _noise(generator, sum(t * h * w for t, h, w in grids), 3 * 2 * PATCH * PATCH)
+    given = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor(grids)}
+    return given, [[START] + [VIDEO] * (t * h * w // 4) + [END] for t, h, w in grids]
 
 
 def _tiled(rows: Sequence[Row], generator: torch.Generator) -> tuple[dict[str, Any], list[list[int]]]:

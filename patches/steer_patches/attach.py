@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import steer_patches.families  # noqa: F401  (registers the family data)
 from steer_kernels.order import TokenOrder
 from steer_patches import interface
-from steer_patches.blocks import Tape
+from steer_patches.blocks import Action, Tape
 from steer_patches.clock import Clock
 from steer_patches.encoding import follow_encoders
 from steer_patches.family import Family, family_of
@@ -271,6 +271,7 @@ class Attachment:
             finally:
                 self.scope.in_forward, self.scope.text = False, None
                 self.scope.arguments, self.scope.again, self.scope.read = {}, None, {}
+                self.scope.unsteered = None
         for hook in self.before:
             hook()
         if self.around is None:
@@ -289,7 +290,8 @@ class Attachment:
         if text is not None and self.needs_pictures:
             found, self.scope.read = pictures_of(self.inner, self.family, arguments, run, text.past, text.new)
             self.scope.text = replace(text, pictures=found)
-        self.scope.arguments, self.scope.again = arguments, partial(self._again, forward, arguments)
+        self.scope.arguments, self.scope.again = arguments, partial(self._again, arguments)
+        self.scope.unsteered = self._unsteered
         self.clock.follow(run)
         for hook in self.before:
             hook()
@@ -312,34 +314,51 @@ class Attachment:
 
     def _again(
         self,
-        forward: Callable[..., Any],
         arguments: Mapping[str, Any],
         at: Mapping[str, Callable[[Call, Next], torch.Tensor]] | None = None,
+        actions: Mapping[str, Action] | None = None,
         **changes: Any,
     ) -> Any:
         """Run the model inside a forward, unsteered, with some arguments of that forward changed.
 
         Args:
             at: attention calls to make in another way, site name -> attend(call, next).
+            actions: layers to run in another way, block name -> action; where a method `needs_blocks`.
             changes: arguments by name; one that is None is given as None.
         """
-        scope, given = self.scope, {**arguments, **changes}
+        given = {**arguments, **changes}
+        with self._unsteered(at, actions, text_of(given, given.get("past_key_values"))[0]):
+            return self.inner.forward(**given)  # never the compiled one
+
+    @contextmanager
+    def _unsteered(
+        self,
+        at: Mapping[str, Callable[[Call, Next], torch.Tensor]] | None = None,
+        actions: Mapping[str, Action] | None = None,
+        text: Text | None = None,
+    ) -> Iterator[None]:
+        """Inside a forward: what runs in here runs without methods; `at` and `actions` as in `_again`.
+
+        Args:
+            text: the tokens of what runs.
+        """
+        scope = self.scope
         before = [(site, site.chain) for site in self.sites]
-        actions = [(block, block.action) for block in self.tape.blocks]
+        driven = [(block, block.action) for block in self.tape.blocks]
         deltas = [(m, m.rope_deltas) for m in self.inner.modules() if "rope_deltas" in vars(m)]  # of Qwen's positions
-        text = scope.text
+        outer, read = scope.text, scope.read
         try:
             for site in self.sites:
                 site.chain = (Instead(at[site.name]),) if at and site.name in at else ()
             for block in self.tape.blocks:
-                block.action = None
-            scope.text = text_of(given, given.get("past_key_values"))[0]
-            return forward(**given)
+                block.action = actions.get(block.name) if actions else None
+            scope.text, scope.read = text, {}
+            yield
         finally:
-            scope.text = text
+            scope.text, scope.read = outer, read
             for site, chain in before:
                 site.chain = chain
-            for block, action in actions:
+            for block, action in driven:
                 block.action = action
             for module, delta in deltas:
                 module.rope_deltas = delta

@@ -11,6 +11,8 @@ import torch
 from steer_patches.family import Family, Stage
 from steer_patches.swap import mix, put
 
+Action = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]  # (module's call, args, kwargs) -> output
+
 
 def map_tensors(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`tree` with every tensor changed; dicts, lists and tuples are copied, other objects kept."""
@@ -64,7 +66,7 @@ class Block:
 
     def __init__(self, name: str, index: int, stage: Stage, module: torch.nn.Module) -> None:
         self.name, self.index, self.stage, self.module = name, index, stage, module
-        self.action: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any] | None = None
+        self.action: Action | None = None
         self.recorded: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:

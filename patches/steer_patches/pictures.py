@@ -103,7 +103,11 @@ def pictures_of(
     """
     if family is None or family.pictures is None:
         return None, {}
+    if not past:
+        run.memory.pop(MEMORY, None)  # of a prompt that failed
     known: dict[str, torch.Tensor] | None = run.memory.get(MEMORY)
+    if known is not None:  # assisted decoding takes tokens back
+        known = {name: tensor[:, :past] for name, tensor in known.items()}
     about, read = encoded(arguments)
     about = {name: value for name, value in {**arguments, **about}.items() if value is not None}
     brought = any(about.get(name) is not None for name in PIXELS)
@@ -122,13 +126,12 @@ def pictures_of(
             )
         fresh = _placed(ids, family.pictures(model, about, ids), known)
     else:
-        rows = next(iter(known.values())).shape[0] if known is not None else 1
-        some = next(iter(known.values())) if known is not None else torch.zeros(())
-        fresh = _text(rows, new, some.device)
+        assert known is not None
+        fresh = _text(known["number"].shape[0], new, known["number"].device)
     before = _text(fresh["number"].shape[0], past, fresh["number"].device) if known is None else known
     joined = {}
     for name, empty in EMPTY.items():
-        kept = before[name][:, :past]  # assisted decoding takes tokens back
+        kept = before[name]
         short = past - kept.shape[1]  # forwards that were not steered add text
         if short:
             kept = F.pad(kept, (0, 0, 0, short) if kept.ndim == 3 else (0, short), value=empty)
@@ -153,31 +156,28 @@ def _placed(
     """The parts, of each token id in the order of its tokens, at their places in `ids` (B, new)."""
     wanted = sum(len(part.shows) for items in parts.values() for part in items)
     marks = sum(int((ids == token).sum()) for token in parts)
-    copies = marks // wanted if wanted and marks % wanted == 0 else 1  # beams: every row is there so many times
-    if copies > 1:
+    copies = marks // wanted if wanted and marks % wanted == 0 else 1
+    if copies > 1 and torch.equal(ids[::copies].repeat_interleave(copies, 0), ids):  # beams: so many of every row
         found = _placed(ids[::copies], parts, None if known is None else {k: v[::copies] for k, v in known.items()})
         return {name: tensor.repeat_interleave(copies, 0) for name, tensor in found.items()}
     found = _text(ids.shape[0], ids.shape[1], torch.device("cpu"))
     supply = {token: list(items) for token, items in parts.items()}
-    for row, line in enumerate(ids.cpu()):
-        place = 0
+    for row, line in enumerate(ids.tolist()):
         count = 0 if known is None else int(known["number"][row].max()) + 1
-        marked = torch.isin(line, torch.tensor(list(supply))).nonzero().flatten().tolist() if supply else []
-        while place < len(marked):
-            token = int(line[marked[place]])
-            same = [at for at in marked[place:] if int(line[at]) == token]
-            if not supply[token] or len(supply[token][0].shows) > len(same):
+        places = {token: [at for at, other in enumerate(line) if other == token] for token in parts}
+        while any(places.values()):
+            token = min((token for token in places if places[token]), key=lambda token: places[token][0])
+            if not supply[token] or len(supply[token][0].shows) > len(places[token]):
                 raise ValueError(_mismatch(ids, parts))
             part = supply[token].pop(0)
-            at = torch.tensor(same[: len(part.shows)])
-            frame = torch.zeros(len(at), dtype=torch.int64) if part.frame is None else part.frame
+            size = len(part.shows)
+            at = torch.tensor(places[token][:size])
+            places[token] = places[token][size:]
+            frame = torch.zeros(size, dtype=torch.int64) if part.frame is None else part.frame
             found["number"][row, at] = count + frame
             for name in ("shows", "box", "view", "view_box"):
                 found[name][row, at] = getattr(part, name).to(found[name].dtype)
             count += int(frame.max()) + 1
-            taken = set(at.tolist())
-            marked = [other for other in marked if other not in taken]
-            place = 0
     if any(supply.values()):
         raise ValueError(_mismatch(ids, parts))
     return {name: tensor.to(ids.device) for name, tensor in found.items()}
@@ -227,6 +227,7 @@ def text_only(arguments: Mapping[str, Any], pictures: Pictures) -> dict[str, Any
     per_token = {name: arguments[name] for name in ("input_ids", "token_type_ids", "mm_token_type_ids")
                  if isinstance(arguments.get(name), torch.Tensor)}  # fmt: skip
     for name, tensor in per_token.items():
+        tensor = F.pad(tensor, (0, tokens - tensor.shape[1]))  # assisted decoding's candidates may have none
         padded = tensor.new_zeros(batch, longest)
         for row, kept in enumerate(rows):
             padded[row, longest - len(kept) :] = tensor[row, kept]

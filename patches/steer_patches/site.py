@@ -118,6 +118,7 @@ class Scope:
         self.blocks: list[Block] = []  # the model's layers, driven where a method `needs_blocks`
         self.arguments: Mapping[str, Any] = {}  # of the forward of a language model that is under way
         self.again: Callable[..., Any] | None = None  # runs the model under way with other arguments
+        self.unsteered: Callable[..., Any] | None = None  # context in which single layers of it run without methods
         self.reading: dict[Any, Any] | None = None  # while pictures are encoded: what methods keep of it, by any key
         self.read: dict[str, dict[Any, Any]] = {}  # "image", "video" -> what they kept of the forward's pictures
 

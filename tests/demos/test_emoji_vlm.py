@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import steer
-from steer_demos.evaluate_vlm import Asked, captions, contact_sheet, mentioned, presence
+from steer_demos.evaluate_vlm import contact_sheet
 from steer_demos.models import EMBEDDED, emoji_vlm, load, smollm2
 from steer_demos.models.emoji_vlm import (
     IGNORED,
@@ -36,6 +36,7 @@ from steer_demos.models.emoji_vlm import (
     word_targets,
 )
 from steer_demos.scenes import NAMES, Question, Scene, Thing
+from steer_demos.vlm_measures import Asked, captions, mentioned, presence
 
 QUESTIONS = [
     Question("presence", "Is there a red circle in the image?", "Yes"),

@@ -167,8 +167,15 @@ def _tiles(model: torch.nn.Module, arguments: Mapping[str, Any], ids: torch.Tens
     config: Any = model.config
     side = _side(model) // config.scale_factor
     each, view = side * side, 0
+    inputs = int((arguments["pixel_values"].flatten(2) != 0).any(-1).sum())  # what is all 0 is padding
+    marks = int((ids == config.image_token_id).sum())
+    if not marks or not inputs or marks % (inputs * each):
+        raise ValueError(
+            f"the prompt has {marks} tokens of pictures, but the pictures given are {inputs} tiles of {each} tokens: "
+            "make input_ids and pixel_values with the model's processor in one call"
+        )
     found: list[Part] = []
-    for line in ids.tolist():
+    for line in ids[:: marks // (inputs * each)].tolist():  # beams: so many of every row
         starts = [i for i, token in enumerate(line) if token == config.image_token_id]
         starts = starts[::each]
         if not starts:
@@ -182,14 +189,20 @@ def _tiles(model: torch.nn.Module, arguments: Mapping[str, Any], ids: torch.Tens
             if following is None or between.count(border) > 1:  # the picture is complete
                 found.append(_tiled_picture(rows, side))
                 rows = [[]]
-            elif between[0] != border:
+            elif between[:1] != [border]:
                 rows.append([])
     return {config.image_token_id: found}
 
 
 def _tiled_picture(rows: list[list[int]], side: int) -> Part:
     parts = []
-    *tiles, [whole] = rows
+    *tiles, last = rows
+    if len(last) != 1 or len({len(row) for row in tiles}) > 1:
+        raise ValueError(
+            f"the tokens of a picture are laid out in rows of {[len(row) for row in rows]} tiles; steer knows rows of "
+            "equal length and then the whole picture alone, as the model's processor makes them"
+        )
+    [whole] = last
     inside = cells(side, side)
     here = torch.ones(side * side, dtype=torch.bool)
     for r, row in enumerate(tiles):
