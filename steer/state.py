@@ -38,10 +38,11 @@ class Link:
         heads = self.heads if self.heads is None else self.heads.to(call.query.device)
         if heads is not None and call.head_range is not None:
             heads = heads[call.head_range]
-        call = call.replace(heads=heads)
+        if heads is not outer:
+            call = call.replace(heads=heads)
 
         def inner(changed: Call) -> torch.Tensor:
-            return next(changed.replace(heads=outer))
+            return next(changed if changed.heads is outer else changed.replace(heads=outer))
 
         if self.rows is None:  # asked first: a compiled graph would be made again for other rows
             return method.attend(call, inner)

@@ -126,7 +126,7 @@ class RandomHeads(Method, register=False):
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     needs_pictures: ClassVar[bool] = True
-    default_layers = staticmethod(VHR.default_layers)
+    layers_in = VHR.layers_in
 
     def is_neutral(self) -> bool:
         return self.alpha == 1

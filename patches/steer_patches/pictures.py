@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,9 +69,9 @@ class Pictures:
     view: torch.Tensor
     view_box: torch.Tensor
 
-    @property
+    @cached_property
     def after(self) -> torch.Tensor:
-        """(B, S) bool: tokens after the first picture of their row that belong to no picture."""
+        """(B, S) bool: what comes after the first picture of its row and belongs to none; padding and marks too."""
         return ((self.number >= 0).cumsum(-1) > 0) & (self.number < 0)
 
     @property

@@ -137,6 +137,7 @@ class VAR(Method):
     def before_forward(self, scope: Scope, sites: Sites) -> None:
         text = scope.text
         finds = text is not None and (text.past == 0 or _brings_pictures(text))
+        visual: dict[tuple[int, int], torch.Tensor] = {}
         for name, (site, heads) in sites.items():
             known = scope.run.memory.get(("VAR", name))
             site.kernel = None
@@ -146,7 +147,7 @@ class VAR(Method):
                 site.kernel = None if text.pictures is None else UNREAD
                 look_at_input(scope, site, self._finder(scope, site, heads, known))
             elif known is not None and known["any"]:
-                site.kernel = _ready(scope, site, heads, known["sinks"][:, : text.past])
+                site.kernel = _ready(scope, site, heads, known["sinks"][:, : text.past], visual)
 
     def attend(self, call: Call, next: Next) -> torch.Tensor:
         ready: Ready | None = call.site.kernel
@@ -166,10 +167,9 @@ class VAR(Method):
         if call.query.shape[2] > 1:
             return self._many(call, out, ready)
         at = last_tokens(call)
+        assert ready.groups is not None
         weights = torch.softmax(row_scores(call, at), -1)
-        weights, selected = redistributed(
-            weights, ready.sinks[:, None], ready.visual[:, None], self.p, self.rho, self.v_min
-        )
+        weights, selected = redistributed(weights, ready.groups, self.p, self.rho, self.v_min)
         which = (selected & ready.queries)[..., None, None]
         which = which if call.heads is None else which & call.heads
         return with_rows(out, at, row_output(weights, call.value), which)
@@ -241,30 +241,36 @@ class VAR(Method):
             sinks = torch.cat([F.pad(before, (0, text.past - before.shape[1])), sinks], 1)
             shown = text.pictures is not None and bool((sinks & text.pictures.shows.to(sinks.device)).any())
             scope.run.memory[("VAR", site.name)] = {"sinks": sinks, "any": shown}
-            site.kernel = _ready(scope, site, heads, sinks) if shown else None
+            site.kernel = _ready(scope, site, heads, sinks, {}) if shown else None
 
         return find
 
 
 def redistributed(
-    weights: torch.Tensor, sinks: torch.Tensor, visual: torch.Tensor, p: float, rho: float, v_min: float
+    weights: torch.Tensor, groups: torch.Tensor, p: float, rho: float, v_min: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the map after their sinks gave a share to the other visual tokens, see `VAR`.
 
     Args:
-        weights: (..., S_kv) softmax, 0 where a query may not see.
-        sinks, visual: (..., S_kv) bool, broadcastable to the weights.
+        weights: (..., R, S_kv) softmax, 0 where a query may not see.
+        groups: (..., S_kv, 3), see `grouped`.
 
     Returns:
-        Weights (..., S_kv), and which rows are edited, (...) bool.
+        Weights (..., R, S_kv), and which rows are edited, (..., R) bool.
     """
-    given, taken = visual & ~sinks, visual & sinks
-    of_given, of_taken = (torch.where(marked, weights, 0.0).sum(-1) for marked in (given, taken))
+    groups = groups.to(weights.dtype)
+    of_given, of_taken, of_sinks = (weights @ groups).unbind(-1)
     of_visual = of_given + of_taken
-    selected = (of_visual >= v_min) & (of_given / of_visual >= rho) & (of_taken > 0) & (of_given > 0)
-    moved = (1 - p) * torch.where(sinks, weights, 0.0).sum(-1, keepdim=True)
-    factor = torch.where(sinks, p, torch.where(given, 1 + moved / of_given[..., None], 1.0))
-    return torch.where(selected[..., None], weights * factor, weights), selected
+    selected = (of_visual >= v_min) & (of_given >= rho * of_visual) & (torch.minimum(of_given, of_taken) > 0)
+    moved = torch.where(selected, 1 - p, 0.0)
+    given = moved * of_sinks / of_given.clamp(min=torch.finfo(weights.dtype).tiny)
+    changes = torch.stack([given, -moved], -1) @ groups[..., ::2].mT  # of given tokens and of sinks; 0 of others
+    return torch.addcmul(weights, weights, changes), selected
+
+
+def grouped(sinks: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """(..., S_kv, 3) float32, 1 or 0: visual tokens that are no sinks, visual sinks, sinks; of (..., S_kv) bool."""
+    return torch.stack([visual & ~sinks, visual & sinks, sinks], -1).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,18 +281,27 @@ class Ready:
         heads: (H',) int64, the heads to edit; None = all.
         sinks, visual: (B, S_kv) bool, which keys are sinks, and which are visual tokens.
         queries: (B, S) bool, which new tokens may be edited.
+        groups: (B, S_kv, 3), see `grouped`, for single queries; None = there are several.
     """
 
     heads: torch.Tensor | None
     sinks: torch.Tensor
     visual: torch.Tensor
     queries: torch.Tensor
+    groups: torch.Tensor | None = None
 
 
 UNREAD = Ready(None, *(torch.zeros(0, 0, dtype=torch.bool) for _ in range(3)))  # until the layer's input is seen
 
 
-def _ready(scope: Scope, site: Site, heads: torch.Tensor | None, sinks: torch.Tensor) -> Ready | None:
+def _ready(
+    scope: Scope,
+    site: Site,
+    heads: torch.Tensor | None,
+    sinks: torch.Tensor,
+    visual: dict[tuple[int, int], torch.Tensor],
+) -> Ready | None:
+    """What the calls of a layer need; `visual` keeps what is the same for layers whose caches hold the same tokens."""
     text = scope.text
     if text is None or text.pictures is None:
         return None
@@ -296,15 +311,20 @@ def _ready(scope: Scope, site: Site, heads: torch.Tensor | None, sinks: torch.Te
         length, first = text.cache.get_mask_sizes(text.new, site.layer_idx)
     if text.past == 0:  # the keys of a prompt are its own, whatever stays in the cache
         length, first = max(length, tokens), 0
-    queries = text.pictures.after[:, text.past :]
+    queries = text.pictures.after[:, text.past :].to(sinks.device)
     if text.valid is not None:
         queries = queries & text.valid[:, text.past :].to(queries.device)
     index = None if heads is None else heads.view(-1).nonzero().view(-1).to(scope.device)
-    places = []
-    for marked in (sinks, text.pictures.shows):
-        kept = marked[:, first:].to(sinks.device)
-        places.append(F.pad(kept, (0, length - kept.shape[1])))
-    return Ready(index, places[0], places[1], queries.to(sinks.device).contiguous())
+    if (length, first) not in visual:
+        visual[length, first] = _in_slots(text.pictures.shows.to(sinks.device), length, first)
+    placed, shows = _in_slots(sinks, length, first), visual[length, first]
+    return Ready(index, placed, shows, queries.contiguous(), grouped(placed, shows) if text.new == 1 else None)
+
+
+def _in_slots(marked: torch.Tensor, length: int, first: int) -> torch.Tensor:
+    """(B, length) bool: marked tokens (B, S) where the cache, whose first slot has token `first`, holds them."""
+    kept = marked[:, first:]
+    return F.pad(kept, (0, length - kept.shape[1]))
 
 
 def _brings_pictures(text: Text) -> bool:

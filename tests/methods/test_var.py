@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import steer
-from steer.methods.var import VAR, Ready, redistributed
+from steer.methods.var import VAR, Ready, grouped, redistributed
 from steer.sink_dimensions import known_dims, massiveness
 from steer_patches.site import Call, Site
 
@@ -102,9 +102,8 @@ def test_equals_the_formula_by_entries(strength: float, rho: float, monkeypatch:
     call, ready = planted(strength)
     method, weights = VAR(sink_dims=(0,), rho=rho), softmax_of(call)
     expected, selected = edited_map(weights, ready.visual, ready.sinks, ready.queries, method)
-    found, rows = redistributed(
-        weights, ready.sinks[:, None, None], ready.visual[:, None, None], method.p, method.rho, method.v_min
-    )
+    groups = grouped(ready.sinks, ready.visual)
+    found, rows = redistributed(weights, groups[:, None], method.p, method.rho, method.v_min)
     assert torch.equal(rows & ready.queries[:, None], selected)
     assert (found - expected)[selected].abs().max() <= EXACT if selected.any() else True
     value, plain = call.expanded()[1], attended(call)
@@ -116,7 +115,7 @@ def test_equals_the_formula_by_entries(strength: float, rho: float, monkeypatch:
     assert bool(selected.any()) == (strength <= 4 or rho == 0)
     last = slice(-1, None)
     one = call.replace(query=call.query[:, :, last])
-    call.site.kernel = Ready(None, ready.sinks, ready.visual, ready.queries[:, last])
+    call.site.kernel = Ready(None, ready.sinks, ready.visual, ready.queries[:, last], groups)
     out = method.attend(one, attended)
     assert (out - (expected @ value)[:, :, last]).abs().max() <= EXACT
     assert torch.equal(out[~selected[:, :, last]], attended(one)[~selected[:, :, last]])
@@ -147,7 +146,7 @@ def test_low_precision_is_as_exact_as_the_map(dtype: torch.dtype) -> None:
     low = call.replace(query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))
     call = low.replace(query=low.query.double(), key=low.key.double(), value=low.value.double())
     method = VAR(sink_dims=(0,), rho=0.0, v_min=0.0)
-    sets = (ready.sinks[:, None, None], ready.visual[:, None, None], method.p, method.rho, method.v_min)
+    sets = (grouped(ready.sinks, ready.visual)[:, None], method.p, method.rho, method.v_min)
 
     def through_map(here: Call) -> Tensor:
         weights = softmax_of(here)

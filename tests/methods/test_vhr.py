@@ -31,7 +31,7 @@ from transformers import CompileConfig
 import steer
 from steer.methods.vhr import VHR, vision_heads
 from steer_patches.generation import RUN
-from steer_patches.site import Call, Next
+from steer_patches.site import Call, Next, Site
 
 EXACT = 1e-10
 ROTATED = 1e-5  # models turn queries and keys by angles in fp32, and padding moves the positions
@@ -486,9 +486,10 @@ def test_gradients_flow_also_through_checkpointed_layers() -> None:
 
 
 def test_the_default_layers_are_those_published() -> None:
-    assert VHR.default_layers([str(i) for i in range(32)]) == ["1", *map(str, range(18, 32))]
-    assert VHR.default_layers(["0"]) == ["0"]
     model = model_of("llava")
+    for depth, wanted in ((32, [1, *range(18, 32)]), (1, [0])):
+        sites = [Site(str(i), i, "causal", 1, 1, 1, "sdpa") for i in range(depth)]
+        assert VHR().layers_in(model, sites) == [str(i) for i in wanted]
     with steer.apply(model, VHR()) as handle:
         assert handle.stats["methods"][0]["sites"] == 3
     with steer.apply(model, VHR(layers="model.language_model.layers.0")) as handle:
