@@ -262,7 +262,7 @@ def redistributed(
     of_given, of_taken, of_sinks = (weights @ groups).unbind(-1)
     of_visual = of_given + of_taken
     selected = (of_visual >= v_min) & (of_given >= rho * of_visual) & (torch.minimum(of_given, of_taken) > 0)
-    moved = torch.where(selected, 1 - p, 0.0)
+    moved = selected.to(weights.dtype) * (1 - p)
     given = moved * of_sinks / of_given.clamp(min=torch.finfo(weights.dtype).tiny)
     changes = torch.stack([given, -moved], -1) @ groups[..., ::2].mT  # of given tokens and of sinks; 0 of others
     return torch.addcmul(weights, weights, changes), selected
