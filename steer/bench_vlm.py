@@ -70,6 +70,8 @@ def run(
     for name, model in (models or {}).items():
         if not isinstance(model, LlavaForConditionalGeneration):
             raise ValueError(f"{name} is a {type(model).__name__}; steer bench vlm makes prompts for LLaVA-1.5 only")
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     name, random = random_llava(where, dtype, small)

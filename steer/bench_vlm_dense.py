@@ -129,7 +129,7 @@ class DenseVHR(Dense, register=False):
         changes = {"past_key_values": None, "use_cache": False, "logits_to_keep": 1}
         if self.method.measure == "plain":
             scope.again(at=dict.fromkeys(sites, partial(self._keep, "prompt")), **changes)
-        changes = {**changes, **text_only(scope.arguments, scope.text.pictures)}
+        changes = {**changes, **text_only(scope.arguments, scope.text)}
         scope.again(at=dict.fromkeys(sites, partial(self._keep, "text")), **changes)
 
     def _keep(self, what: str, call: Call, next: Next) -> torch.Tensor:
@@ -252,7 +252,7 @@ class DenseImbalanced(Dense, register=False):
         assert scope.again is not None
         if scope.text.past == 0:
             self.kept["text"] = DynamicCache()
-            changes = text_only(scope.arguments, scope.text.pictures)
+            changes = text_only(scope.arguments, scope.text)
         else:
             changes = {"attention_mask": None, "position_ids": None, "cache_position": None}
         plain = scope.again(**{**changes, "past_key_values": self.kept["text"], "use_cache": True})

@@ -59,7 +59,8 @@ class Capture(Method, register=False):
         """For each site the map, (B, [H,] S, columns)."""
         found = {name: mean for name, (mean, _) in self._means.items()}
         for name, run in self._sequences.items():
-            found[name] = self._mean_with(name, run.memory[self._key(name)]["rows"])[0]
+            if self._key(name) in run.memory:  # else its first forward failed
+                found[name] = self._mean_with(name, run.memory[self._key(name)]["rows"])[0]
         return found
 
     @property
@@ -199,8 +200,9 @@ class Capture(Method, register=False):
         text, run, name = call.text, call.run, call.site.name
         assert text is not None
         if text.past == 0 and name in self._sequences:  # another sequence begins: the one before is complete
-            previous = self._sequences.pop(name)
-            self._means[name] = self._mean_with(name, previous.memory[self._key(name)]["rows"])
+            previous = self._sequences.pop(name).memory.get(self._key(name))
+            if previous is not None:
+                self._means[name] = self._mean_with(name, previous["rows"])
         known = self._known(call)
         every = range(text.past + 1, text.past + text.new + 1)
         ends = tuple(end for end in known["ends"] if end <= text.past)  # assisted decoding takes tokens back

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -230,7 +230,7 @@ def simulate(
 
     found = simulate(
         model,
-        _sparse(method, settings),
+        method_of(method, assignments("--set", settings or [])),
         height=height,
         width=width,
         frames=frames,
@@ -259,7 +259,8 @@ def plot_mask(
     """Draw the block mask of a sparse method: queries down, keys across, full blocks dark, partial ones lighter."""
     from steer.simulate import mask_of
 
-    mask = mask_of(model, _sparse(method, settings), height=height, width=width, frames=frames, layer=layer)
+    chosen = method_of(method, assignments("--set", settings or []))
+    mask = mask_of(model, chosen, height=height, width=width, frames=frames, layer=layer)
     picture = mask.show(head=head)
     assert not isinstance(picture, str)
     picture.save(output)
@@ -284,7 +285,7 @@ def plot_sinks(
     """Draw the attention sinks of a language model: layers down, heads across."""
     from steer.attention_plots import draw_heads, sink_table
 
-    steered = _steering(method, settings, artifact)
+    steered = steering(method, settings, artifact)
     target, ids, _ = _read_text(model, text, file, tokens)
     tables = {"unsteered": sink_table(target, ids, measure, alpha)}
     if steered is not None:
@@ -334,7 +335,7 @@ def plot_attention(
     """Draw an attention map of a language model: queries down, keys across; a short text is written beside it."""
     from steer.attention_plots import attention_map, draw_map
 
-    steered = _steering(method, settings, artifact)
+    steered = steering(method, settings, artifact)
     target, ids, names = _read_text(model, text, file, tokens)
     with steer.apply(target, steered) if steered is not None else contextlib.nullcontext():
         weights = attention_map(target, ids, layer, head)
@@ -367,28 +368,39 @@ def _open_language(name: str) -> tuple[Any, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(name)
 
 
-def _steering(method: str | None, settings: Sequence[str] | None, artifact: Path | None) -> Method | None:
-    """The method that the options of a command name; None if they name none."""
+def steering(
+    method: str | None, settings: Sequence[str] | None, artifact: Path | None, processor: Any = None
+) -> Method | None:
+    """The method that the options of a command name; None if they name none.
+
+    Args:
+        processor: of a vision-language model, for methods that read its chat template.
+    """
     if method is not None and artifact is not None:
         raise ValueError("give --method or --artifact, not both")
     if settings and method is None:
         raise ValueError("--set sets fields of a method: give --method too")
     if artifact is not None:
         return steer.load(str(artifact))
-    return None if method is None else _sparse(method, settings)
+    return None if method is None else method_of(method, assignments("--set", settings or []), processor)
 
 
-def _sparse(name: str, settings: Sequence[str] | None) -> Any:
-    """A method by name with the fields of `--set`."""
+def method_of(name: str, given: Mapping[str, Any], processor: Any = None) -> Any:
+    """A method by name, with values of its fields; `processor` as in `steering`.
+
+    Raises:
+        ValueError: no such method, field, or value of it.
+    """
     known = steer.methods()
     if name not in known:
         raise ValueError(f"there is no method {name}; there are {', '.join(known)}")
-    given, names = assignments("--set", settings or []), [field.name for field in dataclasses.fields(known[name])]
+    names = [field.name for field in dataclasses.fields(known[name])]
     for key in given:
         if key not in names:
             raise ValueError(f"{name} has no field {key!r}; it has {', '.join(names)}")
+    for_processor: Any = None if processor is None else getattr(known[name], "for_processor", None)
     try:
-        return known[name](**given)
+        return known[name](**given) if for_processor is None else for_processor(processor, **given)
     except TypeError as error:
         values = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise ValueError(f"{name} cannot take {values}: {error}") from None

@@ -85,7 +85,7 @@ def read_before(scope: Scope, text: Text, gaze: Gaze, reading: Sequence[str]) ->
 
 
 def rows_of_map(call: Call, row: int, at: torch.Tensor, keep: torch.Tensor | None, causal: bool) -> torch.Tensor:
-    """(H, n, S_kv): the softmax map's rows of the queries `at` (n,) of one row of the batch.
+    """(H, n, S_kv): the softmax map's rows of the queries `at` (n,) of one row of the batch, of a prompt.
 
     Args:
         keep, causal: which keys a query may see, see `Call.visible`.
@@ -97,8 +97,8 @@ def rows_of_map(call: Call, row: int, at: torch.Tensor, keep: torch.Tensor | Non
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if causal:
-        last = at[:, None] + call.key.shape[2] - call.query.shape[2]
-        scores = scores.masked_fill(torch.arange(call.key.shape[2], device=at.device) > last, -torch.inf)
+        later = torch.arange(call.key.shape[2], device=at.device) > at[:, None]  # a cache's free slots too
+        scores = scores.masked_fill(later, -torch.inf)
     elif keep is not None:
         shown = keep[row if keep.shape[0] > 1 else 0]
         scores = scores.masked_fill(~(shown if shown.shape[1] == 1 else shown[:, at]), -torch.inf)

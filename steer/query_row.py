@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from steer_patches.site import Call
+from steer_patches.generation import Text
+from steer_patches.site import Call, Scope
 
 
 def last_tokens(call: Call) -> torch.Tensor:
@@ -15,6 +16,32 @@ def last_tokens(call: Call) -> torch.Tensor:
         return torch.full((batch,), queries - 1, device=call.query.device)
     at = torch.arange(queries, device=call.query.device)
     return torch.where(text.valid[:, text.past :].to(at.device), at, 0).amax(-1).expand(batch)
+
+
+def writing(scope: Scope, text: Text) -> torch.Tensor:
+    """(B, n) int64: the tokens of a vision-language model's forward after which one is written, in their order.
+
+    All of those that follow a prompt. Of one (with pictures, or the first) the last real token; where the caller asks
+    for the logits of the last n, these, as far as they come after the pictures: assisted decoding's first candidates
+    come with the prompt, which ends where the first of these is.
+    """
+    rows = 1 if text.pictures is None else len(text.pictures.number)
+    at = torch.arange(text.new, device=scope.device).expand(rows, -1)
+    if text.past and not brought(text):
+        return at
+    real = torch.ones_like(at, dtype=torch.bool) if text.valid is None else text.valid[:, text.past :].to(at.device)
+    last = torch.where(real, at, 0).amax(-1, keepdim=True)
+    kept = scope.arguments.get("logits_to_keep", 0)
+    count = kept if isinstance(kept, int) else 1
+    if count > 1:
+        behind = -1 if text.pictures is None else (text.pictures.last[:, None] - text.past).to(at.device)
+        count = min(count, int((real & (at > behind)).sum(-1).min()))
+    return (last + torch.arange(1 - max(count, 1), 1, device=at.device)).clamp(min=0)
+
+
+def brought(text: Text) -> bool:
+    """Whether pictures are among the tokens of this forward."""
+    return text.pictures is not None and bool((text.pictures.number[:, text.past :] >= 0).any())
 
 
 def row_scores(call: Call, at: torch.Tensor) -> torch.Tensor:

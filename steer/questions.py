@@ -108,11 +108,19 @@ def words_of(tokenizer: Any) -> torch.Tensor:
     return words
 
 
-def question_of(text: Text, before: int, after: int) -> torch.Tensor:
-    """(B, S) bool: the prompt's real tokens after the last picture of their row, without those around the question."""
+def question_of(text: Text, before: int, after: int, end: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, S) bool: the prompt's real tokens after the last picture of their row, without those around the question.
+
+    Args:
+        before, after: as in `QuestionTemplate`.
+        end: (B,) int64, the last token of the prompt, which candidates may follow; None = all are of it.
+    """
     assert text.pictures is not None
     last = text.pictures.last[:, None]
-    follows = (torch.arange(text.new, device=last.device) > last) & (last >= 0)
+    at = torch.arange(text.new, device=last.device)
+    follows = (at > last) & (last >= 0)
+    if end is not None:
+        follows = follows & (at <= end[:, None].to(at.device))
     if text.valid is not None:
         follows = follows & text.valid.to(last.device)
     rank = follows.cumsum(-1)  # of the first: 1

@@ -8,31 +8,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from steer.query_row import brought, writing
 from steer_patches.generation import Text
 from steer_patches.pictures import Pictures, text_only
 from steer_patches.site import Scope
 
-
-def writing(scope: Scope, text: Text, pictures: Pictures) -> torch.Tensor:
-    """(B, n) int64: the tokens of a forward after which one is written, in their order.
-
-    All of those that follow a prompt. Of one (with pictures, or the first) the last real token; where the caller asks
-    for the logits of the last n, these: assisted decoding's first candidates come with the prompt.
-    """
-    at = torch.arange(text.new, device=scope.device).expand(len(pictures.number), -1)
-    if text.past and not brought(text, pictures):
-        return at
-    kept = scope.arguments.get("logits_to_keep", 0)
-    count = min(max(kept, 1), text.new) if isinstance(kept, int) else 1
-    if text.valid is None:
-        return at[:, -count:]
-    last = torch.where(text.valid[:, text.past :].to(at.device), at, 0).amax(-1, keepdim=True)
-    return (last + torch.arange(1 - count, 1, device=at.device)).clamp(min=0)
-
-
-def brought(text: Text, pictures: Pictures) -> bool:
-    """Whether pictures are among the tokens of this forward."""
-    return bool((pictures.number[:, text.past :] >= 0).any())
+CUT = 1000.0  # no probability is left; yet the order is, as generate() may forbid all others (min_new_tokens, n-grams)
 
 
 def logits_without(
@@ -40,7 +21,7 @@ def logits_without(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The logits after the same text without its pictures, in the unedited model. Called after the main forward.
 
-    The branch has a cache of its own, which grows by the same text; it runs uncompiled.
+    The branch has a cache of its own, which grows by the same text; it runs uncompiled and without gradients.
 
     Args:
         memory: what the branch keeps for the sequence, filled here.
@@ -62,10 +43,9 @@ def logits_without(
         if back:
             kept.crop(-back)
             mask = mask[:, :-back]
-    valid = None if text.valid is None else text.valid.expand(len(number), -1)
-    changes = text_only({**scope.arguments, "attention_mask": valid}, pictures)
+    changes = text_only(scope.arguments, text)
     mask = torch.cat([mask, changes["attention_mask"].to(mask.dtype)], 1)
-    new, count = changes["input_ids"].shape[1], writing(scope, text, pictures).shape[1]
+    new, count = changes["input_ids"].shape[1], writing(scope, text).shape[1]
     changes |= {
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:],
@@ -74,15 +54,16 @@ def logits_without(
         "logits_to_keep": count,
         "return_dict": True,
     }
-    output = scope.again(**changes)  # type: ignore[misc]
-    if text.past == 0 or brought(text, pictures):
+    with torch.no_grad():  # gradient checkpointing would run these layers again as if they were the steered forward's
+        output = scope.again(**changes)  # type: ignore[misc]
+    if text.past == 0 or brought(text):
         memory["prompt"] = text.past + text.new - (count - 1)
     memory |= {"cache": kept, "mask": mask, "tokens": text.past + text.new}
     return output.logits, mask.any(-1)
 
 
 def guided(c: torch.Tensor, u: torch.Tensor, gamma: float, cutoff: float) -> torch.Tensor:
-    """gamma (c - u) + u of the log-probabilities; -inf where c < log(cutoff) + max c.
+    """gamma (c - u) + u of the log-probabilities, less `CUT` where c < log(cutoff) + max c.
 
     Args:
         c: (..., V) logits. u: (..., V) the logits to guide away from.
@@ -92,7 +73,8 @@ def guided(c: torch.Tensor, u: torch.Tensor, gamma: float, cutoff: float) -> tor
     log_c, log_u = (torch.log_softmax(logits.to(exact), -1) for logits in (c, u.to(c.device)))
     result = gamma * (log_c - log_u) + log_u
     if cutoff:
-        result = result.masked_fill(log_c < math.log(cutoff) + log_c.amax(-1, keepdim=True), -torch.inf)
+        cut = log_c < math.log(cutoff) + log_c.amax(-1, keepdim=True)
+        result = torch.where(cut, result - CUT, result)
     return result.to(c.dtype)
 
 

@@ -143,6 +143,18 @@ def test_caches_of_fixed_size_give_the_same(case: str, beams: int) -> None:
         assert torch.equal(greedy(model, **prompt(), **static), wanted)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_is_known_where_every_layer_of_a_fixed_cache_slides(beams: int) -> None:
+    """Its masks have the slots of the window for columns, and the prompt's last query does not see the padding."""
+    model, method = model_of("mistral_window"), steer.ACT(alpha=1.0, beta=0.2, layers="*")
+    plain = greedy(model, **prompt(), num_beams=beams)
+    with steer.apply(model, method):
+        wanted = greedy(model, **prompt(), num_beams=beams)
+        fixed = greedy(model, **prompt(), num_beams=beams, cache_implementation="static")
+    assert torch.equal(fixed, wanted)
+    assert not torch.equal(wanted, plain)
+
+
 @every_method
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_decoding_that_generate_compiles(case: str, name: str) -> None:

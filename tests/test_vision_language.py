@@ -26,7 +26,7 @@ from tiny_vision_language import (
     model_of,
 )
 from torch import Tensor
-from transformers import CompileConfig
+from transformers import CompileConfig, StaticCache
 
 import steer
 from steer import Method, Plan
@@ -197,6 +197,40 @@ def test_caches_of_fixed_size_give_the_same(case: str, name: str, beams: int) ->
 
 
 @every_method
+@two_models
+@torch.no_grad()
+def test_a_forward_with_free_slots_in_its_cache(case: str, name: str) -> None:
+    """Without a mask: what is behind the prompt is hidden all the same."""
+    model, given = model_of(name), inputs(name, ONE)
+    del given["attention_mask"]
+    room = StaticCache(config=model.config, max_cache_len=given["input_ids"].shape[1] + 7)
+    with steer.apply(model, CASES[case][0](model)):
+        wanted = model(**given).logits
+        assert (model(**given, past_key_values=room, use_cache=True).logits - wanted).abs().max() <= 1e-5
+
+
+@every_method
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3"])
+def test_assisted_decoding_writes_the_same(case: str, name: str) -> None:
+    """The first candidates come with the prompt, others after it, and some are taken back."""
+    model, given = copy.deepcopy(model_of(name)).double(), inputs(name, ONE)
+    given = {key: value.double() if value.is_floating_point() else value for key, value in given.items()}
+    given["input_ids"][0, -6:] = torch.tensor([7, 8, 9, 7, 8, 9])  # what a look-up finds
+    lookup = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    options = {"max_new_tokens": 16, "min_new_tokens": 16}
+    with steer.apply(model, CASES[case][0](model)) as handle:
+        wanted = greedy(model, given, **options)
+        before = handle.stats["forwards"]
+        assert torch.equal(greedy(model, given, **options, **lookup), wanted)
+        assert handle.stats["forwards"] - before <= 16
+        parts = model.generate(**given, **options, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        ahead = model.generate(
+            **given, **options, **lookup, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+    assert max((a - b).abs().max() for a, b in zip(parts.logits, ahead.logits, strict=True)) <= 1e-5
+
+
+@every_method
 @some_models
 def test_copies_of_rows_are_edited_as_the_row(case: str, name: str) -> None:
     """Copies as beams have them: sampling the likeliest token in each copy is greedy."""
@@ -205,6 +239,17 @@ def test_copies_of_rows_are_edited_as_the_row(case: str, name: str) -> None:
         wanted = written(model, given)
         copies = written(model, given, do_sample=True, top_k=1, num_return_sequences=2)
     assert torch.equal(copies, wanted.repeat_interleave(2, 0))
+
+
+@every_method
+@two_models
+def test_beams_without_a_cache(case: str, name: str) -> None:
+    """Every forward has all pictures once, and beams that differ after them."""
+    model, given = model_of(name), inputs(name, BATCH)
+    with steer.apply(model, CASES[case][0](model)):
+        found = written(model, given, num_beams=2, use_cache=False)
+        alone = [written(model, one, num_beams=2, use_cache=False) for one in rows_alone(name, BATCH, given)]
+    assert torch.equal(found, torch.cat(alone))
 
 
 @every_method
@@ -298,6 +343,24 @@ def test_gradients(case: str, name: str) -> None:
     assert torch.isfinite(edited).all()
     assert edited.any()
     assert not torch.allclose(edited, plain, rtol=1e-4, atol=0)
+
+
+@every_method
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_gradients_through_checkpointed_layers(case: str, name: str) -> None:
+    """Layers that are computed again are edited at the same tokens, in prompts that end with padding too."""
+    model, given = copy.deepcopy(model_of(name)).train(), inputs(name, MIXED, "right")
+    found = []
+    with steer.apply(model, CASES[case][0](model)):
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            pixels = given["pixel_values"].clone().requires_grad_()
+            logits = model(**{**given, "pixel_values": pixels}, use_cache=False).logits
+            logits[real(given)].square().sum().backward()
+            found.append(pixels.grad)
+    assert found[0].any()
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-6 * float(found[0].abs().max()))
 
 
 @every_method

@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 import steer
 from steer.artifact import installed
 from steer.cli import assignments
-from steer_demos import models, vlm_methods
+from steer_demos import models, vlm_methods, vlm_pointing
 from steer_demos.evaluate_llm import to_text
 from steer_demos.scenes import CANVAS, EVALUATION_SEED, Scene
 from steer_demos.vlm_measures import (
@@ -42,7 +42,7 @@ from steer_demos.vlm_methods import BASELINE, Configurations, Sitting
 SCENES = 100
 SHEET_SCENES = 20
 SHEET_QUESTIONS = 8  # as many as `_for_sheet` chooses
-SUITES = ("scenes", "methods")
+SUITES = ("scenes", "methods", "pointing")
 
 # The standard deviation of the pixel noise, of values from 0 to 255, that leaves room above and below: on clean scenes
 # nearly every answer is right. On 48 scenes of DEVELOPMENT_SEED the balanced accuracy of the unsteered emoji-vlm is
@@ -143,7 +143,11 @@ def evaluate_command(
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value: a field of the method.")] = None,
     artifact: Annotated[list[Path] | None, typer.Option(help="Folder of a saved method; may be repeated.")] = None,
     suite: Annotated[
-        str, typer.Option(help="scenes: every kind of question. methods: the published ones at three strengths each.")
+        str,
+        typer.Option(
+            help="scenes: every kind of question. methods: the published ones at three strengths each. pointing: "
+            "whether the model looks at what it is asked for."
+        ),
     ] = "scenes",
     noise: Annotated[
         list[float] | None,
@@ -151,7 +155,13 @@ def evaluate_command(
     ] = None,
     scenes: Annotated[
         int | None,
-        typer.Option(help=f"How many of the fixed scenes; {SCENES}, {vlm_methods.SCENES} with methods.", min=2),
+        typer.Option(
+            help=f"How many of the fixed scenes; {SCENES}, {vlm_methods.SCENES} with methods and pointing.", min=2
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help=f"Of the suite pointing, layers of the decoder besides all; {vlm_pointing.LAYERS}."),
     ] = None,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("evaluation.json"),
     sheet: Annotated[Path | None, typer.Option(help="PNG contact sheet to write.")] = None,
@@ -165,9 +175,20 @@ def evaluate_command(
     compares = suite == "methods" or bool(method or artifact)
     if suite not in SUITES:
         raise ValueError(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: give the name of a JSON file")
+    if noise and min(noise) < 0:
+        raise ValueError(f"--noise {min(noise):g} is a standard deviation: it cannot be negative")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot draws with matplotlib: pip install 'steer-attention[plot]'")
     given = assignments("--set", settings or [])
+    if suite == "pointing":
+        if method or artifact or given or noise or sheet or plot:
+            raise ValueError("--suite pointing is of one model and clean scenes: it takes --scenes and --layers only")
+        evaluate_pointing(model, scenes or vlm_pointing.SCENES, layers or vlm_pointing.LAYERS, output)
+        return
+    if layers is not None:
+        raise ValueError("--layers needs --suite pointing")
     loaded, processor = load_llava(model)
     if compares:
         if sheet is not None:
@@ -181,6 +202,16 @@ def evaluate_command(
     evaluate_scenes(model, loaded, processor, (noise or [0.0])[0], scenes or SCENES, output, sheet)
 
 
+def evaluate_pointing(name: str, scenes: int, layers: str, output: Path) -> None:
+    """Play the pointing game, print the shares of hits and write them."""
+    loaded, processor = load_llava(name)
+    report = vlm_pointing.report_of(Path(name).name, loaded, processor, scenes, layers)
+    vlm_pointing.show(report)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(as_text(report))
+    print(f"wrote {output}")
+
+
 def methods_of(
     suite: str,
     names: Sequence[str],
@@ -189,11 +220,20 @@ def methods_of(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
 ) -> Configurations:
-    """The configurations of the suite, those that are named, and saved methods."""
+    """The configurations of the suite, those that are named, and saved methods.
+
+    Raises:
+        ValueError: two of one name, or what `steer.apply` raises, before anything is measured.
+    """
     chosen = vlm_methods.named(names, given, processor)
-    if suite == "methods":
-        chosen |= vlm_methods.configurations(model, processor)
-    return chosen | {folder.name: steer.load(str(folder)) for folder in artifacts}
+    for folder in artifacts:
+        if folder.name in chosen:
+            raise ValueError(f"there are two methods named {folder.name}: give one of the folders another name")
+        chosen[folder.name] = steer.load(str(folder))
+    for method in chosen.values():
+        if method is not None:
+            steer.apply(model, method).remove()
+    return chosen | vlm_methods.configurations(model, processor) if suite == "methods" else chosen
 
 
 def evaluate_methods(
@@ -284,6 +324,7 @@ def evaluate_scenes(
         "measured_on": f"{model.device.type}, {platform.machine()}, torch {torch.__version__}",
         "answers": [asdict(answer) for answer in answers if answer.scene < SHEET_SCENES],
     }
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(written, indent=1) + "\n")
     print(f"wrote {output}")
     if sheet is not None:

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer
-from steer.cli import _steering
+from steer.cli import steering
 from steer.method import Method
 from steer.select import select
 from steer_demos import models
@@ -207,8 +207,8 @@ def open_picture(given: str) -> Image.Image:
     try:
         with Image.open(given) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")  # as processors do, which would be told no more
-    except UnidentifiedImageError:
-        raise ValueError(f"{given} is no picture that can be opened; PNG, JPEG and WebP can") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # all of what Pillow raises for broken files
+        raise ValueError(f"{given} is no picture that can be opened ({error}); PNG, JPEG and WebP can") from None
 
 
 def as_seen(processor: Any, picture: Image.Image) -> Image.Image:
@@ -247,15 +247,23 @@ def look(
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("look.png"),
 ) -> None:
     """Draw where a vision-language model looks in a picture, or a language model in a text, while it answers."""
-    steered = _steering(method, settings, artifact)
+    steering(method, settings, artifact)  # what is wrong with these is said before anything is loaded
     question, names = _question(asked or [], text)
     opened = [open_picture(name) for name in names]
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output {output} is no name of a PNG file: give one that ends in .png")
+    if relative is not None and not opened:
+        raise ValueError("--relative compares two looks at the same pictures: give one")
+    if relative is not None and not relative.strip():
+        raise ValueError('--relative is empty: give another question, e.g. "Describe the image."')
     loaded = models.load(model)
     if not isinstance(loaded, tuple):
         raise ValueError(f"{model} is a {type(loaded).__name__}, which answers nothing: give a language model")
     answers, processor = loaded
-    if relative is not None and not opened:
-        raise ValueError("--relative compares two looks at the same pictures: give one")
+    asks = bool(opened) and text is None and processor.chat_template
+    steered = steering(method, settings, artifact, processor if asks else None)
+    if steered is not None:
+        steer.apply(answers, steered).remove()  # what the model refuses, it refuses before it answers
     options: dict[str, Any] = {"layers": layers, "head": head, "max_new_tokens": max_new_tokens}
     raw, looks = text is not None, {}
     for title, chosen in {"unsteered": None, **({type(steered).__name__: steered} if steered else {})}.items():

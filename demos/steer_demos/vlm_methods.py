@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import steer
+from steer.cli import method_of
 from steer.method import Method
 from steer.methods.var import VAR
 from steer.methods.vhr import VHR, row_of
@@ -150,18 +151,16 @@ def named(names: Sequence[str], given: Mapping[str, Any], processor: LlavaProces
     """The model as it is, and methods by name with those of the settings that they have.
 
     Raises:
-        ValueError: no such method, or a setting that none of them has.
+        ValueError: no such method, a setting that none of them has, or a value that it cannot have.
     """
     known = steer.methods()
     chosen: Configurations = {BASELINE: None}
     used: set[str] = set()
     for name in names:
-        if name not in known:
-            raise ValueError(f"there is no method {name}; there are {', '.join(known)}")
-        own = {key: value for key, value in given.items() if key in {f.name for f in dataclasses.fields(known[name])}}
+        fields = {field.name for field in dataclasses.fields(known[name])} if name in known else set()
+        own = {key: value for key, value in given.items() if key in fields}
         used |= set(own)
-        make: Any = getattr(known[name], "for_processor", None)
-        chosen[name] = known[name](**own) if make is None else make(processor, **own)
+        chosen[name] = method_of(name, own, processor)
     if set(given) - used:
         raise ValueError(f"{', '.join(names) or 'no method'} has no field {', '.join(sorted(set(given) - used))}")
     return chosen

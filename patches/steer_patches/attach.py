@@ -189,7 +189,7 @@ class Attachment:
             self._undo.append(put(self.inner, "_steer_gate", self.gate))
             self._undo.append(mix(self.inner, Generating))
             if self.family is not None and self.family.pictures is not None:
-                self._undo += follow_encoders(self.inner, self.scope, self._begin_encoding)
+                self._undo += follow_encoders(self.inner, self.scope, self._begin_encoding, self._in_turn)
         self.clock.scopes.append(self.scope)
         self.scope.run = self.clock.run
         self.clock.on_run.append(self.verify)
@@ -286,23 +286,28 @@ class Attachment:
         if cache is not arguments.get("past_key_values"):
             args, kwargs = self._with(args, kwargs, "past_key_values", cache)
         text, run = text_of(arguments, cache)
-        self.scope.text = text
-        if text is not None and self.needs_pictures:
-            found, self.scope.read = pictures_of(self.inner, self.family, arguments, run, text.past, text.new)
-            self.scope.text = replace(text, pictures=found)
-        self.scope.arguments, self.scope.again = arguments, partial(self._again, arguments)
-        self.scope.unsteered = self._unsteered
-        self.clock.follow(run)
-        for hook in self.before:
-            hook()
-        text = self.scope.text
-        moved = self.positions(text) if text is not None and self.positions is not None else None
-        if text is not None and moved is not None:
-            self.scope.text = replace(text, positions=moved)
-            args, kwargs = self._with(args, kwargs, "position_ids", moved)
-        output = forward(*args, **kwargs)
-        if self.after is not None:
-            output = self.after(output)
+        memory = dict(run.memory)
+        try:
+            self.scope.text = text
+            if text is not None and self.needs_pictures:
+                found, self.scope.read = pictures_of(self.inner, self.family, arguments, run, text.past, text.new)
+                self.scope.text = replace(text, pictures=found)
+            self.scope.arguments, self.scope.again = arguments, partial(self._again, arguments)
+            self.scope.unsteered = self._unsteered
+            self.clock.follow(run)
+            for hook in self.before:
+                hook()
+            text = self.scope.text
+            moved = self.positions(text) if text is not None and self.positions is not None else None
+            if text is not None and moved is not None:
+                self.scope.text = replace(text, positions=moved)
+                args, kwargs = self._with(args, kwargs, "position_ids", moved)
+            output = forward(*args, **kwargs)
+            if self.after is not None:
+                output = self.after(output)
+        except BaseException:
+            run.memory = memory  # else the sequence would go on from tokens that are not in it
+            raise
         run.step += 1
         return output
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, wraps
 from typing import Any
 
@@ -19,11 +19,14 @@ MODALITIES = ("image", "video")
 ARGUMENTS, READ = "steer_arguments", "steer_read"  # what an encoder's output keeps for the forward that gets it
 
 
-def follow_encoders(model: PreTrainedModel, scope: Scope, begin: Callable[[], None]) -> list[Callable[[], None]]:
+def follow_encoders(
+    model: PreTrainedModel, scope: Scope, begin: Callable[[], None], in_turn: AbstractContextManager[Any]
+) -> list[Callable[[], None]]:
     """Note with what arguments pictures are encoded, and what methods read meanwhile; returns what takes this back.
 
     Args:
         begin: called before pictures are encoded outside of a forward.
+        in_turn: what forwards hold, so that no other thread's runs meanwhile.
     """
     base: Any = model.base_model
     undo: list[Callable[[], None]] = []
@@ -31,7 +34,7 @@ def follow_encoders(model: PreTrainedModel, scope: Scope, begin: Callable[[], No
         name = f"get_{modality}_features"
         if hasattr(type(base), name):
             if not undo:
-                undo.append(put(base, "_steer_encoding", (scope, begin)))
+                undo.append(put(base, "_steer_encoding", (scope, begin, in_turn)))
             undo.append(mix(base, _following(getattr(type(base), name), name, modality)))
     return undo
 
@@ -45,11 +48,12 @@ def _following(function: Callable[..., Any], name: str, modality: str) -> type:
         following = self.__dict__.get("_steer_encoding")
         if following is None or torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
-        scope, begin = following
-        if not scope.in_forward:
-            begin()
-        with _reading(scope, modality) as read:
-            output = function(self, *args, **kwargs)
+        scope, begin, in_turn = following
+        with in_turn:
+            if not scope.in_forward:
+                begin()
+            with _reading(scope, modality) as read:
+                output = function(self, *args, **kwargs)
         if isinstance(output, ModelOutput):
             bound = inspect.signature(function).bind(self, *args, **kwargs).arguments
             output.__dict__[ARGUMENTS] = {k: v for k, v in bound.items() if k not in ("self", "kwargs")}

@@ -17,6 +17,7 @@ from steer_patches.pictures import Pictures
 from steer_patches.site import Run
 from steer_patches.swap import mix
 
+VALID = "valid"  # in `run.memory`: which tokens are real, where only 4-D masks say so
 RUN = "steer_run"  # without the prefix that copies lose: a copied cache continues the same sequence
 
 
@@ -85,7 +86,7 @@ def text_of(arguments: Mapping[str, Any], cache: Cache | None) -> tuple[Text | N
         positions = torch.arange(past, past + new, device=tokens.device)[None]
     elif positions.ndim == 3:  # one row each for time, height and width, or text before those
         positions = positions[0]
-    valid = _valid(arguments.get("attention_mask"), past + new)
+    valid = _valid(arguments.get("attention_mask"), run, tokens.shape[0], new)
     kept = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     return Text(past, new, positions, valid, kept), run
 
@@ -104,20 +105,34 @@ def _run_of(cache: Cache | None) -> Run:
     return run
 
 
-def _valid(mask: Any, tokens: int) -> torch.Tensor | None:
-    """(B, tokens) bool of the real tokens from the attention mask in any of transformers' forms; None = all real."""
+def _valid(mask: Any, run: Run, batch: int, new: int) -> torch.Tensor | None:
+    """(B, tokens so far) bool of the real tokens, from the mask in any of transformers' forms; None = all are real."""
+    tokens = run.tokens + new
     if isinstance(mask, Mapping):  # one mask for each kind of layer
-        mask = mask.get("full_attention")
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if isinstance(mask, BlockMask):
         rows, _, queries, keys = mask.shape
         mask = create_mask(mask.mask_mod, rows, 1, queries, keys, device=mask.kv_indices.device)
     if mask is None:
         return None
-    if mask.ndim == 4:  # what the last query may see
-        mask = mask[:, 0, -1, :tokens]
-        mask = mask if mask.dtype == torch.bool else mask == 0
-    valid = mask[:, :tokens].bool()
+    valid = mask[:, :tokens].bool() if mask.ndim == 2 else _seen_by_any(mask, run, batch, tokens)
     return None if bool(valid.all()) else valid
+
+
+def _seen_by_any(mask: torch.Tensor, run: Run, batch: int, tokens: int) -> torch.Tensor:
+    """(B, tokens) bool: the tokens that a 4-D mask shows to any query; a real token sees itself.
+
+    With sliding windows later masks have no columns for the tokens of the prompt, so what its mask says is kept.
+    """
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(1).expand(batch, -1)
+    known: torch.Tensor | None = run.memory.get(VALID) if run.tokens else None
+    if seen.shape[1] < tokens:  # the columns are the slots of a window
+        seen = seen.new_ones(batch, tokens)
+    if known is not None:
+        known = known[:, : run.tokens].to(seen.device)
+        seen = torch.cat([known, seen[:, known.shape[1] :]], 1)
+    run.memory[VALID] = seen[:, :tokens]
+    return run.memory[VALID]
 
 
 def _caches(tree: Any) -> list[Cache]:

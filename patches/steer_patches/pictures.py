@@ -15,6 +15,7 @@ from steer_patches.site import Run
 
 if TYPE_CHECKING:
     from steer_patches.family import Family
+    from steer_patches.generation import Text
 
 MEMORY = "pictures"  # where a sequence keeps its own in `run.memory`
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -38,8 +39,7 @@ class Part:
     Args:
         shows: (n,) bool, False = a row's end and the like, which is of the picture and shows nothing.
         box: (n, 4) left, top, right, bottom of what a token shows, as fractions of the picture; 0 where nothing.
-        view: (n,) int64, the input of the vision tower that a token comes from, counted over the batch in the tower's
-            order; -1 where from none.
+        view: (n,) int64, the input of the vision tower that a token comes from, see `Pictures`; -1 where from none.
         view_box: (n, 4) the part of that input.
         frame: (n,) int64, which picture of a video; None = there is one.
     """
@@ -59,7 +59,10 @@ class Pictures:
         number: (B, S) int64, the picture of its row that a token belongs to, from 0; -1 = text.
         shows: (B, S) bool, tokens that show a part of a picture; the ends of rows and the like do not.
         box: (B, S, 4) float32, left, top, right, bottom of that part as fractions of the picture the model was given.
-        view: (B, S) int64, the input of the vision tower that a token comes from, see `Part`; -1 = none.
+        view: (B, S) int64, the input of the vision tower that a token comes from; -1 = none. They are counted from 0 in
+            each forward that brings pictures, over its batch, in the order in which the tower gets them: first every
+            picture (with its tiles, without padding), then every video (its frames; of Qwen models each two frames).
+            With beams and copies the rows of one prompt share theirs.
         view_box: (B, S, 4) float32, the part of that input.
     """
 
@@ -158,7 +161,8 @@ def _placed(
     wanted = sum(len(part.shows) for items in parts.values() for part in items)
     marks = sum(int((ids == token).sum()) for token in parts)
     copies = marks // wanted if wanted and marks % wanted == 0 else 1
-    if copies > 1 and torch.equal(ids[::copies].repeat_interleave(copies, 0), ids):  # beams: so many of every row
+    marked = ids.where(torch.isin(ids, torch.tensor(list(parts), device=ids.device)), -1)
+    if copies > 1 and torch.equal(marked[::copies].repeat_interleave(copies, 0), marked):  # beams: so many of every row
         found = _placed(ids[::copies], parts, None if known is None else {k: v[::copies] for k, v in known.items()})
         return {name: tensor.repeat_interleave(copies, 0) for name, tensor in found.items()}
     found = _text(ids.shape[0], ids.shape[1], torch.device("cpu"))
@@ -202,20 +206,25 @@ def cells(rows: int, columns: int, region: Sequence[float] = (0.0, 0.0, 1.0, 1.0
     return corners * size + torch.tensor([left, top] * 2)
 
 
-def text_only(arguments: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
-    """What to change in a prompt's forward so that it has the same text and no picture; rows are padded on the left.
+def text_only(arguments: Mapping[str, Any], text: Text) -> dict[str, Any]:
+    """What to change in a forward so that it has the same text and no picture; rows are padded on the left.
 
     What stands between the tokens of one picture (marks of its tiles) goes with it.
+
+    Args:
+        arguments: of the forward. text: its tokens, with pictures; which of them are padding is read here, as the mask
+            among the arguments may have any form.
 
     Returns:
         Arguments with `input_ids` and `attention_mask` (B, S') and `position_ids`, the pictures' own None, no cache.
     """
-    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    assert text.pictures is not None
+    ids = arguments["input_ids"]
     batch, tokens = ids.shape
-    number = pictures.number[:, -tokens:]
+    number = text.pictures.number[:, text.past :]
     real = torch.ones_like(ids, dtype=torch.bool)
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        real = mask[:, -tokens:].bool()
+    if text.valid is not None:
+        real = text.valid[:, text.past :].to(ids.device).expand(batch, -1)
     rows = []
     for row in range(batch):
         keep = real[row].clone()

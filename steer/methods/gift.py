@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from steer.gaze import Gaze, most, read_before
 from steer.method import Method
-from steer.query_row import last_tokens, row_output, row_scores, with_rows
+from steer.query_row import last_tokens, row_output, row_scores, with_rows, writing
 from steer.questions import content_tokens, question_of, question_template
 from steer.select import SelectorError, select
 from steer_patches.attach import find_sites
@@ -63,7 +63,8 @@ class GIFT(Method):
     methods do in it; else, as with Qwen2-VL's published layers, the model runs before, without methods, up to the last
     of them. The gaze stays as it is for as long as the sequence: pictures and questions of later turns do not change
     it, and a method that is applied in mid-sequence, or whose `steps` leave the prompt out, has none and changes
-    nothing. After the prompt every token is taken for a generated one, also where several come at once. Without a cache
+    nothing. After the prompt every token is taken for a generated one, also where several come at once; of a prompt
+    with `logits_to_keep=n` the last n after the pictures are (assisted decoding's first candidates). Without a cache
     (use_cache=False) every forward is a prompt. Gradients take m for a constant.
 
     Differs from the published code: there a tagger finds the content words (nouns, verbs, adjectives, adverbs and
@@ -188,22 +189,24 @@ class GIFT(Method):
     def _begin(self, scope: Scope, text: Text, live: Mapping[str, Site], key: tuple[str, str]) -> None:
         """A prompt: its gaze is read while it passes, or in a pass before if an earlier layer needs it."""
         reading, fusion = self.__dict__["_here"]
-        gaze = self.gaze(text, scope.arguments.get("input_ids"), len(reading))
+        at = writing(scope, text)
+        gaze = self.gaze(text, scope.arguments.get("input_ids"), len(reading), at[:, 0])
         first = min(live[name].layer for name in fusion if name in live)
         in_time = all(live[name].layer <= first for name in reading)
         if not in_time:
             read_before(scope, text, gaze, reading)
         for name, site in live.items():
-            site.kernel = Ready(gaze=gaze, reads=in_time and name in reading, edits=name in fusion, key=key)
+            site.kernel = Ready(gaze=gaze, at=at, reads=in_time and name in reading, edits=name in fusion, key=key)
 
-    def gaze(self, text: Text, ids: torch.Tensor | None, layers: int) -> Gaze:
+    def gaze(self, text: Text, ids: torch.Tensor | None, layers: int, last: torch.Tensor | None = None) -> Gaze:
         """What is to be read of a prompt, nothing of it read yet.
 
         Args:
             text: its tokens. ids: (B, S) their ids. layers: how many layers will be read.
+            last: (B,) the last token of the prompt, see `question_of`.
         """
         assert text.pictures is not None
-        question = question_of(text, self.before, self.after)
+        question = question_of(text, self.before, self.after, last)
         content = question
         if self.words is not None and ids is not None:
             content = content_tokens(ids, question, self.words)
@@ -218,12 +221,13 @@ class GIFT(Method):
             return self._prompt(call, next, ready)
         if call.query.shape[2] == 1:
             return self._edited(call, next(call), ready.marks, last_tokens(call))
-        return self._several(call, next, ready.marks)
+        places = torch.arange(call.query.shape[2], device=call.query.device)
+        return self._several(call, next, ready.marks, places.expand(call.query.shape[0], -1))
 
     @torch.compiler.disable
     def _prompt(self, call: Call, next: Next, ready: Ready) -> torch.Tensor:
-        """The gaze is read here, or the row of the last token of a prompt is edited, or both."""
-        assert ready.gaze is not None
+        """The gaze is read here, or the rows of a prompt that write are edited, or both."""
+        assert ready.gaze is not None and ready.at is not None
         if ready.reads:
             ready.gaze.read(call)
         if not ready.edits:
@@ -231,14 +235,13 @@ class GIFT(Method):
         plan = ready.gaze.plan(self.alpha, self.clamp)
         call.run.memory[ready.key] = {"plan": plan}
         plan = F.pad(plan, (0, call.key.shape[2] - plan.shape[-1]))  # a static cache has room for more
-        return self._edited(call, next(call), self.marks(plan), last_tokens(call))
+        return self._several(call, next, self.marks(plan), ready.at)
 
     @torch.compiler.disable
-    def _several(self, call: Call, next: Next, marks: Marks) -> torch.Tensor:
-        """Several tokens after the prompt: each is edited as if it came alone."""
+    def _several(self, call: Call, next: Next, marks: Marks, places: torch.Tensor) -> torch.Tensor:
+        """The queries `places` (B, n) are edited, each as if it came alone."""
         out = next(call)
-        for place in range(call.query.shape[2]):
-            at = torch.full((call.query.shape[0],), place, device=call.query.device)
+        for at in places.unbind(1):
             out = self._edited(call, out, marks, at)
         return out
 
@@ -302,12 +305,14 @@ class Ready:
 
     Args:
         marks: after the prompt, on the keys of the call. None = this is the prompt.
-        gaze: of the prompt. reads: whether the site is to be read now. edits: whether it is a fusion layer.
+        gaze: of the prompt. at: (B, n) int64, its queries that write, see `writing`.
+        reads: whether the site is to be read now. edits: whether it is a fusion layer.
         key: where the sequence keeps its plan.
     """
 
     marks: Marks | None = None
     gaze: Gaze | None = None
+    at: torch.Tensor | None = None
     reads: bool = False
     edits: bool = False
     key: tuple[str, str] = ("GIFT", "")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from steer.method import Method
 from steer.patch_scores import attention_received, has_class_token, score_maps, token_scores, tower_ends
-from steer.query_row import row_output, row_scores, with_rows
-from steer.without_pictures import brought, guided, logits_without, places_of_logits, writing
+from steer.query_row import brought, row_output, row_scores, with_rows, writing
+from steer.without_pictures import guided, logits_without, places_of_logits
 from steer_patches.encoding import encoded
 from steer_patches.family import Family
 from steer_patches.generation import Text
@@ -39,15 +39,20 @@ class ImbalancedAttention(Method):
         s'_j = s_j + alpha |s_j|  (j in L),     s_j + beta |s_j|  (j in M),     s_j  (else),     O = softmax(s') V
 
     for visible keys. The queries are those that write: the last of the prompt and all that follow it, however many come
-    in one forward. The others of the prompt stay as they are; with `logits_to_keep=n` its last n write, which are
-    assisted decoding's first candidates. |s_j| makes positive products larger and draws negative ones to 0. With c the
-    log-probabilities of the next token, and u those after the same text without its pictures, in an unedited model,
+    in one forward. The others of the prompt stay as they are; with `logits_to_keep=n` its last n after the pictures
+    write, which are assisted decoding's first candidates. |s_j| makes positive products larger and draws negative ones
+    to 0. With c the log-probabilities of the next token, and u those after the same text without its pictures, in an
+    unedited model,
 
-        out = gamma (c - u) + u,     -inf where c < log(cutoff) + max c
+        out = gamma (c - u) + u,     less 1000 where c < log(cutoff) + max c
 
     takes the place of the logits. u costs a forward of one token at every step, with a cache of its own, which runs
     uncompiled; only the logits of queries that write change. Rows of a batch that have no picture stay bit-identical.
-    A sequence whose first forward had no picture, or was not steered, is not guided.
+    A sequence whose first forward had no picture, or was not steered, is not guided. Gradients take u, L and M for
+    constants.
+
+    Published is -inf in place of 1000 less, before which the rules of generate() were applied: they come after it here,
+    and may forbid all tokens that are left.
 
     Attention of the tower is that of CLIP's class token, summed over heads. Towers without one (SigLIP, Qwen's) are an
     extension: what a patch receives of all patches of its picture, or of its window. So are tokens that show several
@@ -129,12 +134,12 @@ class ImbalancedAttention(Method):
         if text is None or text.pictures is None or not self.edits:
             return
         known: Any = _memory(scope).get("strength")
-        new = brought(text, text.pictures)
+        new = brought(text)
         if known is None and not new:  # applied in mid-sequence
             return
         pick = cache(partial(self._strength, scope, text, text.pictures, known)) if new else None
         strength = cache(partial(_fitted, known, text.past))
-        rows, at = None if new else _some(known.any(-1)), writing(scope, text, text.pictures)
+        rows, at = None if new else _some(known.any(-1)), writing(scope, text)
         for site in decoder:
             length, first = (text.new, 0)
             if text.cache is not None:
@@ -166,8 +171,8 @@ class ImbalancedAttention(Method):
             raise ValueError(f"gamma={self.gamma} needs outputs by name: leave return_dict=False out, or give gamma=1")
         unguided, has_text = found
         rows = (text.pictures.number >= 0).any(-1) & has_text
-        at = writing(scope, text, text.pictures)
-        at = places_of_logits(at, text.new, scope.arguments.get("logits_to_keep", 0)).to(output.logits.device)
+        kept = scope.arguments.get("logits_to_keep", 0)
+        at = places_of_logits(writing(scope, text), text.new, kept).to(output.logits.device)
         index = at.clamp(min=0)[..., None].expand(-1, -1, output.logits.shape[-1])
         plain = output.logits.gather(1, index)
         chosen = ((at >= 0) & rows[:, None].to(at.device))[..., None]

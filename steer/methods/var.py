@@ -14,12 +14,11 @@ from steer.layer_inputs import look_at_input
 from steer.method import Method
 from steer.methods.act import chosen
 from steer.plan import Plan
-from steer.query_row import last_tokens, row_output, row_scores, with_rows
+from steer.query_row import brought, last_tokens, row_output, row_scores, with_rows, writing
 from steer.sink_dimensions import KNOWN, SinkSearch, known_dims, massiveness, text_config
 from steer.windowed import is_softmax
 from steer_kernels import partial
 from steer_patches.family import Family
-from steer_patches.generation import Text
 from steer_patches.site import Call, Next, Scope, Site
 
 ROWS = 512  # queries that are edited at a time: what they see is one byte for each key
@@ -136,7 +135,7 @@ class VAR(Method):
 
     def before_forward(self, scope: Scope, sites: Sites) -> None:
         text = scope.text
-        finds = text is not None and (text.past == 0 or _brings_pictures(text))
+        finds = text is not None and (text.past == 0 or (text.new > 1 and brought(text)))
         visual: dict[tuple[int, int], torch.Tensor] = {}
         for name, (site, heads) in sites.items():
             known = scope.run.memory.get(("VAR", name))
@@ -235,6 +234,8 @@ class VAR(Method):
             text = scope.text
             assert text is not None and self.sink_dims is not None
             sinks = massiveness(states, self.sink_dims) > self.tau
+            last = writing(scope, text)[:, :1].to(sinks.device)  # candidates that come with a prompt are later tokens
+            sinks = sinks & (torch.arange(text.new, device=sinks.device) <= last)
             if text.valid is not None:
                 sinks = sinks & text.valid[:, text.past :].to(sinks.device)
             before = sinks[:, :0] if known is None else known["sinks"][:, : text.past]
@@ -325,11 +326,6 @@ def _in_slots(marked: torch.Tensor, length: int, first: int) -> torch.Tensor:
     """(B, length) bool: marked tokens (B, S) where the cache, whose first slot has token `first`, holds them."""
     kept = marked[:, first:]
     return F.pad(kept, (0, length - kept.shape[1]))
-
-
-def _brings_pictures(text: Text) -> bool:
-    fresh = text.new > 1 and text.pictures is not None
-    return fresh and bool((text.pictures.number[:, text.past :] >= 0).any())  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from steer.method import Method
-from steer.query_row import last_tokens, with_rows
+from steer.query_row import last_tokens, with_rows, writing
 from steer_patches.blocks import Action, Block
 from steer_patches.family import Family
 from steer_patches.pictures import text_only
@@ -37,7 +37,8 @@ class VHR(Method):
 
     with m and s the mean and the unbiased deviation over the heads of a layer. The second line leaves out heads that
     speak loudly of the text alone. The third is done at the prompt's last token, which gives the first word, and at
-    every token after it, with the heads that were found at the prompt; the rest of the prompt stays as it is.
+    every token after it, with the heads that were found at the prompt; the rest of the prompt stays as it is. With
+    `logits_to_keep=n` the last n tokens after the pictures are taken to write: assisted decoding's first candidates.
 
     The text run is made layer by layer beside the prompt's own forward, up to the last edited layer, and its heads are
     amplified too, so that each layer is measured with those before it amplified. It costs the layers' work on the
@@ -119,14 +120,15 @@ class VHR(Method):
             plain: dict[str, Any] = {"attention_mask": mask, "past_key_values": None, "use_cache": False}
             if "logits_to_keep" in scope.arguments:
                 plain["logits_to_keep"] = 1
-            changes = {**plain, **text_only({**scope.arguments, "attention_mask": mask}, text.pictures)}
+            changes = {**plain, **text_only(scope.arguments, text)}
             shown = (text.pictures.number >= 0).any(-1)
-            self._prompt = Prompt(shown & changes["attention_mask"].any(-1))
+            at = writing(scope, text)
+            self._prompt = Prompt(shown & changes["attention_mask"].any(-1), at)
             with torch.no_grad():
                 if self.measure == "synchronised":
-                    self._prompt.text = TextRun(scope, changes)
+                    self._prompt.text = TextRun(scope, changes, at.shape[1])
                 else:
-                    seen, alone = last_outputs(scope, sites, plain), last_outputs(scope, sites, changes)
+                    seen, alone = (last_outputs(scope, sites, given, at.shape[1]) for given in (plain, changes))
                     for name, (site, heads) in sites.items():
                         self._found(seen[name], alone[name], site, heads, self._prompt)
 
@@ -146,12 +148,13 @@ class VHR(Method):
     def _at_prompt(self, call: Call, next: Next, prompt: Prompt) -> torch.Tensor:
         """The prompt's output with its last token's edited, once the heads are found."""
         out, name = next(call), call.site.name
-        prompt.last = last_tokens(call) if prompt.last is None else prompt.last
-        rows = row_of(out, prompt.last)
         if name not in prompt.heads and prompt.text is not None:
-            found = functools.partial(self._found, rows[:, :, 0], site=call.site, allowed=call.heads, prompt=prompt)
+            last = row_of(out.detach(), prompt.at[:, 0])[:, :, 0]
+            found = functools.partial(self._found, last, site=call.site, allowed=call.heads, prompt=prompt)
             prompt.text.run_layer(call.site, found, self.alpha)
-        return with_rows(out, prompt.last, self.alpha * rows, prompt.heads[name][:, :, None, None])
+        for at in prompt.at.unbind(1):
+            out = with_rows(out, at, self.alpha * row_of(out, at), prompt.heads[name][:, :, None, None])
+        return out
 
     def _found(
         self, rows: torch.Tensor, text: torch.Tensor, site: Site, allowed: torch.Tensor | None, prompt: Prompt
@@ -196,13 +199,15 @@ def row_of(out: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return out.gather(2, at.view(-1, 1, 1, 1).expand(-1, out.shape[1], 1, out.shape[3]))
 
 
-def last_outputs(scope: Scope, sites: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """(B, H, D) of every site: the last token's output in a run of the model without methods."""
+def last_outputs(
+    scope: Scope, sites: Mapping[str, Any], changes: Mapping[str, Any], back: int
+) -> dict[str, torch.Tensor]:
+    """(B, H, D) of every site: the `back`-th last token's output in a run of the model without methods."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(call: Call, next: Next) -> torch.Tensor:
         out = next(call)
-        found[call.site.name] = row_of(out, last_tokens(call))[:, :, 0]
+        found[call.site.name] = row_of(out, last_tokens(call) + 1 - back)[:, :, 0]
         return out
 
     assert scope.again is not None
@@ -216,15 +221,15 @@ class Prompt:
 
     Args:
         asked: (B,) bool, rows with pictures and with text.
+        at: (B, n) int64, the tokens that write: the prompt's last and, in assisted decoding, candidates after it.
         text: the run without pictures, if it goes beside the forward.
         heads: by site, (B, H) bool, once they are found.
-        last: (B,) int64, place of each row's last token.
     """
 
     asked: torch.Tensor
+    at: torch.Tensor
     text: TextRun | None = None
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
-    last: torch.Tensor | None = None
 
 
 class TextRun:
@@ -233,13 +238,14 @@ class TextRun:
     Args:
         scope: of the forward under way.
         changes: what makes its arguments those of the prompt's text, padded on the left.
+        back: which token from the last is the prompt's.
 
     Raises:
         RuntimeError: the model's layers are inside of a compiled graph.
     """
 
-    def __init__(self, scope: Scope, changes: Mapping[str, Any]) -> None:
-        self._scope = scope
+    def __init__(self, scope: Scope, changes: Mapping[str, Any], back: int) -> None:
+        self._scope, self._back = scope, back
         self._waiting: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] = []
         self._hidden: torch.Tensor | None = None
         assert scope.again is not None
@@ -261,14 +267,15 @@ class TextRun:
 
     @torch.no_grad()
     def run_layer(self, site: Site, find: Heads, alpha: float) -> None:
-        """Run the layers up to that of a site, where the heads that `find` names are amplified at the last token."""
+        """Run the layers up to that of a site, where the heads that `find` names are amplified at the prompt's last."""
         asked = False
 
         def amplify(call: Call, next: Next) -> torch.Tensor:
             nonlocal asked
             out, asked = next(call), True
-            row = out[:, :, -1:]
-            return torch.cat([out[:, :, :-1], torch.where(find(row[:, :, 0])[:, :, None, None], alpha * row, row)], 2)
+            at = torch.full((len(out),), out.shape[2] - self._back, device=out.device)
+            row = row_of(out, at)
+            return with_rows(out, at, alpha * row, find(row[:, :, 0])[:, :, None, None])
 
         assert self._scope.unsteered is not None
         with self._scope.unsteered(at={site.name: amplify}):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_emoji_vlm import shapes, tiny_model, tiny_processor
 from test_scenes import plain_emoji  # noqa: F401  (autouse: scenes without a renderer)
+from tiny_emoji_vlm import shapes, tiny_model, tiny_processor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import steer
@@ -327,18 +327,35 @@ def test_the_command_without_methods_asks_everything(tiny, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"suite": "all"}, "scenes, methods"),
+        ({"suite": "all"}, "scenes, methods, pointing"),
+        ({"suite": "pointing", "method": ["VHR"]}, "--scenes and --layers only"),
+        ({"suite": "pointing", "layers": "7:9"}, "layers 0 to 1"),
+        ({"layers": "1"}, "--suite pointing"),
         ({"settings": ["alpha=2"]}, "need --method"),
         ({"noise": [0.0, 10.0]}, "need --method"),
         ({"method": ["VHR"], "sheet": Path("x.png")}, "--sheet"),
         ({"method": ["Blur"]}, "no method Blur"),
+        ({"method": ["VHR"], "settings": ["alpha=x"]}, "VHR cannot take alpha='x'"),
+        ({"method": ["DuoAttention"]}, "has no plan"),
+        ({"noise": [-1.0]}, "--noise -1"),
         ({"method": ["VHR"], "settings": ["sigma=2"]}, "VHR has no field sigma"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny, tmp_path, wrong, message) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate_command(model=saved(tiny, tmp_path), output=tmp_path / "out.json", **wrong)
-    assert not (tmp_path / "out.json").exists()
+    assert not list(tmp_path.glob("out.json*"))
+
+
+def test_folders_are_not_taken_for_files_nor_for_one_another(tiny, tmp_path) -> None:
+    model = saved(tiny, tmp_path / "model")
+    with pytest.raises(ValueError, match="is a folder"):
+        evaluate_command(model=model, output=tmp_path)
+    folders = [tmp_path / "a" / "fitted", tmp_path / "b" / "fitted"]
+    for folder, alpha in zip(folders, (2, 3), strict=True):
+        steer.VHR(alpha=alpha).save(str(folder))
+    with pytest.raises(ValueError, match="two methods named fitted"):
+        evaluate_command(model=model, artifact=folders, output=tmp_path / "out.json")
 
 
 def test_a_method_that_needs_the_processor_gets_it(tiny) -> None:

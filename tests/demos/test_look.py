@@ -13,7 +13,7 @@ import tiny_vision_language as vision_language
 import torch
 import typer
 from PIL import Image, ImageOps
-from test_emoji_vlm import picture, prompt, tiny_model, tiny_processor
+from tiny_emoji_vlm import picture, tiny_model, tiny_processor
 from tiny_text import language_model
 from tiny_text import tokenizer as make_tokenizer
 from transformers import CLIPImageProcessorPil, SmolVLMImageProcessorPil
@@ -25,7 +25,9 @@ from steer_demos import models
 from steer_demos.look import Look, as_seen, look, look_at, open_picture
 from steer_demos.look_plots import draw_pictures, draw_text
 from steer_demos.models import smollm2
+from steer_demos.models.emoji_vlm import prompt
 from steer_demos.scenes import EVALUATION_SEED, draw_scene
+from steer_demos.vlm_pointing import play, trials
 from steer_patches.site import Call, Next
 
 app = typer.Typer()
@@ -48,6 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, answering: tuple[Any, Any]
     Image.fromarray(picture(0)).save(root / "one.png")
     Image.fromarray(picture(1)).resize((60, 120)).save(root / "two.png")
     (root / "words.txt").write_text("no picture")
+    (root / "half.png").write_bytes((root / "one.png").read_bytes()[:2000])
     return {path.stem: str(path) for path in root.iterdir()}
 
 
@@ -235,12 +238,16 @@ def fails(*arguments: str) -> Callable[[dict[str, str]], str]:
     [
         (fails("sees", "nowhere.png", QUESTION), "there is no picture nowhere.png"),
         (fails("sees", "words", QUESTION), "is no picture that can be opened"),
+        (fails("sees", "half", QUESTION), "half.png is no picture that can be opened (image file is truncated"),
         (fails("sees", "scene:x", QUESTION), "scene:7"),
         (fails("sees", "one"), "give the question at last"),
         (fails("sees", "one", " "), "the question is empty"),
         (fails("sees", QUESTION), "sees pictures: give one"),
         (fails("reads", "one", QUESTION), "LlamaForCausalLM reads text and takes no pictures"),
         (fails("reads", QUESTION, "--relative", "Hi"), "two looks at the same pictures"),
+        (fails("sees", "one", QUESTION, "--relative", " "), "--relative is empty"),
+        (fails("sees", "one", QUESTION, "--output", "look.txt"), "ends in .png"),
+        (fails("reads", QUESTION, "--method", "VHR"), "VHR"),
         (fails("sees", "one", QUESTION, "--layers", "7"), "has layers 0 to 1"),
         (fails("sees", "one", QUESTION, "--layers", "nothing"), "matches no"),
         (fails("sees", "one", QUESTION, "--head", "4"), "heads 0 to 3"),
@@ -250,6 +257,28 @@ def fails(*arguments: str) -> Callable[[dict[str, str]], str]:
 )
 def test_errors_in_words(run: Callable[[dict[str, str]], str], message: str, folders: dict[str, str]) -> None:
     assert message in run(folders)
+
+
+def test_a_refused_method_is_refused_before_anything_is_answered(folders: dict[str, str]) -> None:
+    result = CliRunner().invoke(app, [folders["sees"], folders["one"], QUESTION, "--method", "PAG"])
+    assert "PAG guides denoisers" in str(result.exception)
+    assert "unsteered" not in result.output
+
+
+def test_a_method_gets_the_processor_where_there_is_a_chat_template(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[Any] = []
+    monkeypatch.setattr(
+        steer, "apply", lambda model, method, apply=steer.apply: applied.append(method) or apply(model, method)
+    )
+    asked = ["--method", "GIFT", "--set", "alpha=2", "--max-new-tokens", "1", "--output", str(tmp_path / "look.png")]
+    assert CliRunner().invoke(app, [folders["sees"], folders["one"], QUESTION, *asked]).exception is None
+    assert {(method.alpha, method.after > 0) for method in applied} == {(2, True)}
+    applied.clear()
+    raw = ["--text", "<image>" + QUESTION]
+    assert CliRunner().invoke(app, [folders["sees"], folders["one"], *raw, *asked]).exception is None
+    assert {method.after for method in applied} == {0}
 
 
 def test_a_photograph_stands_upright(tmp_path: Path) -> None:
@@ -268,19 +297,11 @@ def test_scenes_need_no_file() -> None:
 
 @pytest.mark.slow
 def test_emoji_vlm_looks_at_what_it_is_asked_about() -> None:
-    """The pointing game: the hottest token lies in the box of the thing far more often than by chance, about 0.08."""
     pytest.importorskip("resvg_py")
     try:
         smollm2.folder()
     except ImportError as error:
         pytest.skip(str(error))
-    model, processor = models.load("emoji-vlm")
-    hits = []
-    for seed in range(EVALUATION_SEED + 2000, EVALUATION_SEED + 2024):
-        scene = draw_scene(seed)
-        for thing in [thing for thing in scene.unique() if thing.corner][:1]:
-            found = look_at(model, processor, f"Where is the {thing.name}?", [Image.fromarray(scene.pixels)])
-            y, x = divmod(int(found.heat(0, (6, 6)).argmax()), 6)
-            left, top, right, bottom = thing.box
-            hits.append(left <= 16 * x + 8 < right and top <= 16 * y + 8 < bottom)
-    assert len(hits) > 15 and np.mean(hits) > 0.3
+    report = play(*models.load("emoji-vlm"), trials(16))
+    assert report["trials"] > 10
+    assert report["all layers"]["hit"]["mean"] > 0.3 > 2 * report["chance"]["mean"]

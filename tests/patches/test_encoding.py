@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache
 
 import steer
 from steer import Method
+from steer_patches.generation import Text
 from steer_patches.pictures import Pictures, text_only
 from steer_patches.site import Call, Next, Scope, Site
 
@@ -254,6 +256,57 @@ def test_errors_leave_nothing(name: str) -> None:
     assert_same(before, model)
 
 
+@dataclass(kw_only=True)
+class Failing(Look, register=False):
+    """Notes in the sequence's memory what it saw; fails in a late layer when it is told to."""
+
+    layers: Any = "*layers.3.self_attn"
+    fails: bool = False
+
+    def attend(self, call: Call, next: Next) -> Tensor:
+        call.run.memory[("Failing", call.site.name)] = call.key.shape[2]
+        if self.fails:
+            raise ZeroDivisionError
+        return next(call)
+
+
+def test_a_failed_forward_leaves_nothing_in_the_memory_of_its_sequence() -> None:
+    model, failing = model_of("llava"), Failing()
+    first, second = inputs("llava", [[3, 4, 5]]), inputs("llava", [[4, Picture(), 3]])
+    second.pop("attention_mask")
+    cache = DynamicCache(config=model.config)
+    with steer.apply(model, failing):
+        model(**first, past_key_values=cache)
+        before = dict(cache.steer_run.memory)
+        failing.fails = True
+        with pytest.raises(ZeroDivisionError):
+            model(**second, past_key_values=cache)
+        assert cache.steer_run.memory == before
+        failing.fails = False
+        cache.crop(-second["input_ids"].shape[1])
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    assert failing.seen[-2] is not None  # that of the failed forward
+    assert failing.seen[-1] is None
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_two_threads_with_pictures(name: str) -> None:
+    """What is read while one thread encodes its pictures is not that of the other's forward."""
+    model, prompts = model_of(name), [inputs(name, rows, seed=seed) for seed, rows in enumerate((ONE, BATCH))]
+    ways: list[Any] = [lambda i: model(**prompts[i]), lambda i: model.get_image_features(**encoding(prompts[i]))]
+    wanted, reader = [], Reader()
+    with steer.apply(model, reader):
+        for i in (0, 1):
+            model(**prompts[i])
+            wanted.append({key: value.shape for key, value in reader.read[-1]["image"].items()})
+        reader.read.clear()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda n: ways[n % 2](n % 2), range(60)))
+    assert len(reader.read) == 30
+    for read in reader.read:
+        assert {key: value.shape for key, value in read["image"].items()} == wanted[0]
+
+
 @every_model
 def test_pictures_need_input_ids(name: str) -> None:
     model, look, given = model_of(name), Look(), inputs(name, ONE)
@@ -356,7 +409,7 @@ class Again(Method, register=False):
         assert scope.again is not None
         assert scope.text is not None
         text, read = scope.text, {modality: set(kept) for modality, kept in scope.read.items()}
-        changed = self.changes(scope.arguments, scope.text.pictures) if self.changes else {}
+        changed = self.changes(scope.arguments, scope.text) if self.changes else {}
         at = None if self.at is None else {name: self.at for name in sites}
         try:
             self.logits.append(scope.again(at=at, use_cache=False, past_key_values=None, **changed).logits)
@@ -381,8 +434,8 @@ class Again(Method, register=False):
         return output
 
 
-def text_without(arguments: Any, pictures: Any) -> dict[str, Any]:
-    changes = text_only(arguments, pictures)
+def text_without(arguments: Any, text: Text) -> dict[str, Any]:
+    changes = text_only(arguments, text)
     changes.pop("past_key_values")
     return changes
 
@@ -460,6 +513,18 @@ def test_the_same_text_without_pictures(name: str, side: str) -> None:
         extra = {"token_type_ids": torch.zeros_like(ids[keep][None])} if name == "paligemma" else {}
         alone = model(input_ids=ids[keep][None], **extra).logits[0]
         torch.testing.assert_close(logits[row, -len(alone) :], alone, rtol=0, atol=1e-5)
+
+
+@every_model
+def test_the_text_without_pictures_knows_padding_in_any_form(name: str) -> None:
+    """For a static cache `generate` makes masks of four dimensions ahead, for PaliGemma one a kind of layer."""
+    model, given, logits = model_of(name), inputs(name, MIXED), []
+    for options in ({}, {"cache_implementation": "static"}):
+        again = Again(changes=text_without)
+        with steer.apply(model, again):
+            greedy(model, given, **options)
+        logits.append(again.logits[0])
+    assert torch.equal(*logits)
 
 
 @dataclass(kw_only=True)

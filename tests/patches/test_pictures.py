@@ -5,6 +5,7 @@ The vision towers' attention is silenced, so that each of their tokens depends o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,10 +40,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     Idefics3Processor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextProcessor,
     LlavaOnevisionProcessor,
     LlavaProcessor,
     PaliGemmaProcessor,
+    PixtralVisionConfig,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2VLProcessor,
@@ -301,6 +305,73 @@ def test_the_class_token_of_clip_shows_nothing() -> None:
     given = {**inputs("llava", ONE), **with_tokens(IMAGE, 17), "vision_feature_select_strategy": "full"}
     shown = assert_views("llava", given)
     assert not shown.shows[0, 3] and shown.number[0, 3] == 0 and int(shown.shows.sum()) == 16
+
+
+@pytest.mark.parametrize("layers", [-1, [-2, -1]])
+def test_the_class_token_in_generate(layers: Any) -> None:
+    """`generate` hands the settings of features to the encoder, and not to the forward."""
+    model, look = copy.deepcopy(model_of("llava")), Look()
+    model.config.vision_feature_layer = layers
+    model.model.multi_modal_projector = type(model.model.multi_modal_projector)(model.config)
+    given = {**inputs("llava", ONE), **with_tokens(IMAGE, 17), "vision_feature_select_strategy": "full"}
+    with steer.apply(model, look):
+        model.generate(**given, max_new_tokens=1, do_sample=False)
+    assert look.seen[0] is not None
+    assert int(look.seen[0].shows.sum()) == 16 and int((look.seen[0].number == 0).sum()) == 17
+
+
+def test_the_aspect_ratio_counts_where_the_model_reads_it() -> None:
+    """OneVision's forward does not hand the argument on, so it changes no layout; its encoder takes it."""
+    model, look = model_of("llava_onevision"), Look()
+    given = inputs("llava_onevision", [[3, Picture((2, 2)), 4]])
+    size = given["image_sizes"]
+    with steer.apply(model, look):
+        model(**given)
+        model(**given, vision_aspect_ratio="anyres_max_1")
+        small = model.get_image_features(given["pixel_values"], size, vision_aspect_ratio="anyres_max_1")
+        rest = with_tokens(IMAGE, len(small.pooler_output[0]))
+        model(**rest, mm_encoder_outputs={"image": small}, vision_aspect_ratio="anyres_max_1")
+    plain, ignored, smaller = look.seen
+    assert plain is not None and ignored is not None and smaller is not None
+    assert torch.equal(plain.box, ignored.box)
+    assert int(smaller.shows.sum()) < int(plain.shows.sum())
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_picture_of_one_tile(name: str, flat: bool) -> None:
+    """The whole of it, then the same again as a grid of one tile; pixels in one row of tiles, or flat."""
+    model, look = copy.deepcopy(model_of(name)), Look()
+    model.config.image_grid_pinpoints = [[SIDE, SIDE]]
+    pixels = torch.randn(1, 2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    given = {**with_tokens(IMAGE, 16 + 4 * 5), "image_sizes": torch.tensor([[SIDE, SIDE]])}
+    with steer.apply(model, look):
+        model(**given, pixel_values=pixels[0] if flat else pixels)
+    shown = look.seen[0]
+    assert shown is not None
+    whole, tile = shown.box[shown.view == 0], shown.box[shown.view == 1]
+    assert torch.equal(whole, tile) and len(whole) == 16
+
+
+def test_pictures_of_pixtral_are_refused_in_words() -> None:
+    torch.manual_seed(0)
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=model_of("llava").config.text_config,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model, size = LlavaForConditionalGeneration(config).eval(), torch.tensor([[8, 12]])
+    given = {**with_tokens(IMAGE, 6), "pixel_values": torch.randn(1, 3, 8, 12), "image_sizes": size}
+    model(**given)
+    with steer.apply(model, Look()):
+        model(**with_tokens(7, 6))
+        with pytest.raises(ValueError, match="Pixtral"):
+            model(**given)
 
 
 # Through the processors: a cell of a picture is painted over, and the tokens that change are those whose box holds it.

@@ -45,9 +45,13 @@ def _grid(rows: int, columns: int, view: int, lead: int = 0) -> Part:
 def _whole(model: torch.nn.Module, arguments: Mapping[str, Any], ids: torch.Tensor) -> dict[int, list[Part]]:
     """LLaVA-1.5: one grid for each picture; with the "full" features of CLIP, its class token before that."""
     config: Any = model.config
+    if config.vision_config.model_type == "pixtral":
+        raise ValueError(
+            "steer does not know the layout of Pixtral's pictures, whose tokens depend on their size: apply methods "
+            "that do not look at pictures, or take a LLaVA whose tower has one size"
+        )
     side = _side(model)
-    full = _config(model, arguments, "vision_feature_select_strategy") == "full"
-    lead = int(full and "clip" in config.vision_config.model_type)
+    lead = int("clip" in config.vision_config.model_type and _full(model, arguments))
     return {config.image_token_id: [_grid(side, side, i, lead) for i in range(len(arguments["pixel_values"]))]}
 
 
@@ -89,8 +93,7 @@ def _any_resolution(model: torch.nn.Module, arguments: Mapping[str, Any], ids: t
         rows, columns = at.shape
         ratio = 1.0
         if onevision:
-            most = int(str(_config(model, arguments, "vision_aspect_ratio")).removeprefix("anyres_max_"))
-            ratio = math.sqrt(rows * columns / (most * side**2))
+            ratio = math.sqrt(rows * columns / (_most_tiles(model, arguments) * side**2))
         part = _tiled(at, side, across, view + 1, ratio if ratio > 1.1 else 1.0)
         found[config.image_token_id].append(_joined([whole, *part]))
         view += inputs
@@ -107,6 +110,13 @@ def _any_resolution(model: torch.nn.Module, arguments: Mapping[str, Any], ids: t
             view += frames
         found[config.video_token_id] = videos
     return found
+
+
+def _most_tiles(model: torch.nn.Module, arguments: Mapping[str, Any]) -> int:
+    """OneVision: a larger grid of tiles is made smaller. Its forward does not hand the argument on; `generate` does."""
+    ahead = bool(arguments.get("mm_encoder_outputs"))
+    chosen = _config(model, arguments if ahead else {}, "vision_aspect_ratio")
+    return int(str(chosen).removeprefix("anyres_max_"))
 
 
 def _full(model: torch.nn.Module, arguments: Mapping[str, Any]) -> bool:
