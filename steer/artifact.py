@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from steer.method import Method, methods
 from steer.plan import Plan
-from steer_patches.attach import find_sites, plain
+from steer_patches.sites import find_sites, plain
 
 FORMAT = 1
 JSON, TENSORS = "steer.json", "steer.safetensors"

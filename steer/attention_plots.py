@@ -14,9 +14,9 @@ from steer.capture import Capture, capture
 from steer.method import Method
 from steer.plan import Plan
 from steer.select import expand_braces, matches
-from steer_patches.attach import plain
 from steer_patches.generation import generates
 from steer_patches.site import Call, Next, Site
+from steer_patches.sites import plain
 
 MEASURES = ("first", "sinks")
 

@@ -17,9 +17,9 @@ from transformers import DynamicCache
 from steer.handle import Handle
 from steer.method import Method
 from steer.methods.gift import layers_of
-from steer_patches.attach import find_sites
 from steer_patches.pictures import text_only
 from steer_patches.site import Call, Next, Scope, Site
+from steer_patches.sites import find_sites
 
 
 @dataclass(kw_only=True)

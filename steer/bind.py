@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from steer.guidance import Guidance
 from steer.method import Method
 from steer.select import SelectorError, expand_braces, head_mask, is_active, listing, matches, parse_steps, select
-from steer_patches.attach import denoisers, find_sites, plain
+from steer_patches.attach import denoisers
 from steer_patches.blocks import find_blocks
 from steer_patches.family import FAMILIES, Family, family_of
 from steer_patches.generation import generates
 from steer_patches.processors import UnhookableProcessor
 from steer_patches.site import Run, Site
+from steer_patches.sites import find_sites, plain
 
 
 class CompositionError(ValueError):

@@ -24,7 +24,7 @@ from steer.artifact import fingerprint, installed, to_json
 from steer.bind import models_of
 from steer.method import Method
 from steer.plan import Plan, Search
-from steer_patches.attach import plain
+from steer_patches.sites import plain
 
 CHECKPOINT = "calibration.safetensors"
 SHOWN = 12  # characters of a digest

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from steer.apply import apply
 from steer.method import Method
 from steer.query_row import last_tokens
-from steer_patches.attach import plain
 from steer_patches.family import family_of
 from steer_patches.generation import generates
 from steer_patches.pictures import Pictures
 from steer_patches.site import Call, Next, Run
+from steer_patches.sites import plain
 
 COLUMNS = ("text", "image", "all")
 QUERIES = ("all", "last")

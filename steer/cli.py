@@ -21,10 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 import steer
-from steer.bind import unfit
+from steer import method_table
 from steer.method import Method
-from steer.sparse import Sparse
-from steer_patches.family import FAMILIES, Family
+from steer_patches.family import FAMILIES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Training-free attention methods for HF models.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure; every ratio comes with its error.")
@@ -48,57 +47,13 @@ def doctor() -> None:
 def methods(markdown: Annotated[bool, typer.Option(help="Print the README's table.")] = False) -> None:
     """List the methods, and the model families that each works on."""
     if markdown:
-        print(methods_table_markdown())
+        print(method_table.markdown())
         return
     table = Table("method", "what it does", "families")
     for name, method in steer.methods().items():
-        families = [family.name for family in FAMILIES if _works_on(method, family)]
+        families = [family.name for family in FAMILIES if method_table.works_on(method, family)]
         table.add_row(name, (method.__doc__ or "").strip().splitlines()[0], ", ".join(families))
     console.print(table)
-
-
-def methods_table_markdown() -> str:
-    """Methods x model families, from the registry: a table each of guidance, sparse, language and vision-language."""
-    groups: dict[str, list[type[Method]]] = {"guidance": [], "sparse": [], "language": [], "vision": []}
-    for method in steer.methods().values():
-        groups[_group(method)].append(method)
-    return "\n\n".join(_table(group) for group in groups.values() if group)
-
-
-def _group(method: type[Method]) -> str:
-    if method.needs_pictures:
-        return "vision"
-    if method.kinds == ("causal",):
-        return "language"
-    return "sparse" if issubclass(method, Sparse) else "guidance"
-
-
-def _table(methods: list[type[Method]]) -> str:
-    rows = ["| family | " + " | ".join(m.__name__ for m in methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    for family in sorted(FAMILIES, key=lambda f: f.name.lower()):
-        if any(_works_on(method, family) for method in methods):
-            rows.append(f"| {family.name} | " + " | ".join(_cell(method, family) for method in methods) + " |")
-    return "\n".join(rows)
-
-
-def _works_on(method: type[Method], family: Family) -> bool:
-    if getattr(method, "skips_blocks", False):
-        return any(stage.returns for stage in family.stages)
-    return unfit(method, family) is None and any(kind in method.kinds for kind in family.kinds.values())
-
-
-def _cell(method: type[Method], family: Family) -> str:
-    if not _works_on(method, family):
-        return "–"
-    preset = family.preset(method.__name__)
-    if preset is not None:
-        settings = preset.settings
-        if issubclass(method, Sparse):
-            return "published"
-        if "layers" in settings:
-            return f"`{settings['layers']}`"
-        return f"`{', '.join(f'{key}={json.dumps(value)}' for key, value in settings.items())}`"
-    return getattr(method, "without_preset", "give `layers=`")
 
 
 @app.command()

@@ -23,9 +23,9 @@ from steer.model_shapes import ModelShape, Size, model_shape
 from steer.select import is_active, listing
 from steer.sparse import Sparse, Tokens
 from steer_kernels import BlockMask
-from steer_patches.attach import find_sites
 from steer_patches.family import FAMILIES, Family, family_of
 from steer_patches.site import Site
+from steer_patches.sites import find_sites
 
 
 @dataclass(frozen=True)

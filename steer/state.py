@@ -13,12 +13,13 @@ from steer.bind import Binding, CompositionError, models_of
 from steer.guidance import Guidance, Guide
 from steer.method import STAGES, Method
 from steer_kernels.order import TokenOrder
-from steer_patches.attach import Attachment, denoisers, plain
+from steer_patches.attach import Attachment, denoisers
 from steer_patches.clock import Clock
 from steer_patches.family import family_of
 from steer_patches.generation import Text
 from steer_patches.parallel import refuse_ring
 from steer_patches.site import Call, Next, Run, Scope, Site
+from steer_patches.sites import plain
 from steer_patches.swap import put
 
 

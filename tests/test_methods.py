@@ -16,7 +16,7 @@ from tiny import FAMILIES, output
 from tiny_pipelines import PIPELINES, generate
 
 import steer
-from steer.cli import _works_on
+from steer.method_table import works_on
 from steer.sparse import Sparse
 from steer_patches.blocks import find_blocks
 from steer_patches.family import family_of as family_of_model
@@ -38,7 +38,7 @@ def cases() -> list[Any]:
         pytest.param(method, name, id=f"{method}-{name}")
         for method, cls in METHODS.items()
         for name in MODELS
-        if _works_on(cls, family_of(name))
+        if works_on(cls, family_of(name))
     ]
 
 
@@ -108,7 +108,7 @@ def test_inactive_steps_are_bit_identical(method: str) -> None:
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_rows_of_a_batch_are_independent(method: str, name: str, guidance_scale: float) -> None:
     """A batch of two prompts gives what each gives alone, with and without classifier-free guidance."""
-    if not _works_on(METHODS[method], family_of(name)):
+    if not works_on(METHODS[method], family_of(name)):
         pytest.skip("the registry says that this method does not work here")
     pipe = PIPELINES[name].build()
     denoiser = getattr(pipe, "transformer", None) or pipe.unet

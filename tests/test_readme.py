@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steer.cli import methods_table_markdown
+from steer.method_table import markdown
 
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
@@ -13,4 +13,4 @@ def test_table_is_the_generated_one() -> None:
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     assert readme.count(BEGIN) == 1 and readme.count(END) == 1
     block = readme.split(BEGIN)[1].split(END)[0]
-    assert block.strip() == methods_table_markdown().strip(), "put the output of `steer methods --markdown` there"
+    assert block.strip() == markdown().strip(), "put the output of `steer methods --markdown` there"

@@ -17,9 +17,9 @@ from steer.model_shapes import MODEL_SHAPES, ModelShape, model_shape
 from steer.simulate import Simulation, amdahl, attention_flops, forward_flops, heaviest_row, mask_of, simulate
 from steer.sparse import Prepared, Sparse, Tokens
 from steer_kernels import BlockMask, patterns
-from steer_patches.attach import find_sites
 from steer_patches.family import family_of
 from steer_patches.site import Site
+from steer_patches.sites import find_sites
 
 EMOJI_WAN = Path(__file__).parents[1] / "demos/steer_demos/weights/emoji-wan"
 HD: dict[str, Any] = {"height": 768, "width": 1280}

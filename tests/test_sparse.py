@@ -18,7 +18,7 @@ from tiny_pipelines import PIPELINES, generate
 from torch import Tensor
 
 import steer
-from steer.cli import _works_on
+from steer.method_table import works_on
 from steer.plan import Plan
 from steer.sparse import Sparse
 from steer_patches.family import family_of
@@ -97,7 +97,7 @@ def pairs() -> list[Any]:
         pytest.param(method, name, id=f"{method}-{name}")
         for method, cls in METHODS.items()
         for name in MODELS
-        if _works_on(cls, family_of(FAMILIES[name].build()))
+        if works_on(cls, family_of(FAMILIES[name].build()))
     ]
 
 
@@ -355,7 +355,7 @@ def fresh_dynamo() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_traces_in_as_many_full_graphs_as_unsteered(method: str, name: str, whole: bool) -> None:
-    if not _works_on(METHODS[method], family_of(FAMILIES[name].build())):
+    if not works_on(METHODS[method], family_of(FAMILIES[name].build())):
         pytest.skip("the registry says that this method does not work here")
 
     def compiled(model: Any) -> Graphs:

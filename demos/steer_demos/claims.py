@@ -13,7 +13,7 @@ import steer
 from steer.model_shapes import ModelShape, model_shape
 from steer.plan import Plan
 from steer.sparse import Sparse
-from steer_patches.attach import find_sites
+from steer_patches.sites import find_sites
 
 Sites = tuple[str, ...]
 

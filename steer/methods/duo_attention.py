@@ -13,9 +13,9 @@ from steer.methods.retrieval_heads import RetrievalSearch, check_scores, plan_of
 from steer.plan import Plan
 from steer.windowed import Windowed
 from steer.windows import Windows
-from steer_patches.attach import find_sites, plain
 from steer_patches.family import Family
 from steer_patches.site import Site
+from steer_patches.sites import find_sites, plain
 
 
 @dataclass(kw_only=True)

@@ -15,10 +15,10 @@ from steer.method import Method
 from steer.query_row import last_tokens, row_output, row_scores, with_rows, writing
 from steer.questions import content_tokens, question_of, question_template
 from steer.select import SelectorError, select
-from steer_patches.attach import find_sites
 from steer_patches.family import Family
 from steer_patches.generation import Text
 from steer_patches.site import Call, Next, Scope, Site
+from steer_patches.sites import find_sites
 
 Sites = Mapping[str, tuple[Site, torch.Tensor | None]]
 

@@ -19,9 +19,9 @@ from steer.plan import Plan, Search
 from steer.sensitivity import Measure, effect_of_windows
 from steer.windowed import Windowed
 from steer.windows import Windows
-from steer_patches.attach import find_sites, plain
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Scope, Site
+from steer_patches.sites import find_sites, plain
 
 BETAS = tuple(i / 8 for i in range(9))  # the published grid
 

@@ -14,9 +14,9 @@ import torch
 from steer.method import Method
 from steer.plan import Plan, Search
 from steer.select import select
-from steer_patches.attach import find_sites, plain
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Scope, Site
+from steer_patches.sites import find_sites, plain
 
 HOW = ("mean", "zero")
 COUNTS = ("distinct", "every")

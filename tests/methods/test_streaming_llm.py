@@ -36,8 +36,8 @@ import steer
 from steer import StreamingLLM
 from steer.state import CompositionError
 from steer.windows import Windows
-from steer_patches.attach import find_sites
 from steer_patches.rotary import rotary_of, turn
+from steer_patches.sites import find_sites
 
 SINKS, RECENT = 3, 8
 SIZE = SINKS + RECENT
