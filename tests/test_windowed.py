@@ -469,10 +469,10 @@ def latent() -> DeepseekV3Config:
 def test_values_of_another_width_than_keys(window: tuple[int | None, ...]) -> None:
     """Multi-head latent attention, whose cache holds what keys and values are made of."""
     model, ids = build(lambda: DeepseekV3ForCausalLM(latent())).double(), tokens()
-    windows = Windows(2, window)
+    expected = oracle(model, ids, Windows(2, window))
     with steer.apply(model, PerHead(sink=2, window=window, evict=False)):
         for chunks in CHUNKS.values():
-            assert error(logits(model, ids, chunks), oracle(model, ids, windows)) <= EXACT
+            assert error(logits(model, ids, chunks), expected) <= EXACT
         wanted = logits(model, ids, [TOKENS])
         assert error(logits(model.float(), ids, [TOKENS]), wanted) <= 1e-4
     with pytest.raises(CompositionError, match=r"what all heads make their keys from\. Give evict=False"):

@@ -383,3 +383,42 @@ def test_the_suite_has_three_strengths_of_each_method_and_its_controls() -> None
         assert len(mine) == len(STRENGTHS), name
     assert chosen["VAR, as its search says"].is_neutral()
     assert sum("control" in title for title in chosen) == 4
+
+
+def documented(page: str, name: str) -> tuple[str, dict]:
+    """A page, without line breaks, and the figures that it quotes."""
+    root = Path(__file__).resolve().parents[2]
+    figures = json.loads((root / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
+    return " ".join((root / page).read_text(encoding="utf-8").split()), figures
+
+
+def test_documented_comparison() -> None:
+    page, found = documented("docs/methods/vision.md", "vlm-emoji")
+    for title in found["conditions"]["clean"]:
+        cells = [title]
+        for condition in ("clean", "noise 105"):
+            row = found["conditions"][condition][title]
+            for part, name in (("presence, all", "balanced_accuracy"), ("captions", "chair_i")):
+                figure = row[part][name]
+                low, high = (f"{100 * end:.1f}" for end in figure["interval"])
+                baseline = f"{100 * figure['mean']:.1f}"
+                middle = f"{100 * figure['difference']:+.1f}" if "difference" in figure else baseline
+                cells.append(f"{middle} [{low}, {high}]")
+            cells.append(str(row["changed"]["presence"]) if "changed" in row else "")
+        assert " ".join(f"| {' | '.join(cells)} |".split()) in page
+    blank = found["conditions"]["blanked picture"]["baseline"]["presence, all"]["yes_ratio"]["mean"]
+    assert f"says yes to {100 * blank:.1f} % of the questions" in page
+
+
+def test_documented_cost() -> None:
+    page, found = documented("docs/benchmarks.md", "vlm-cpu")
+    for row in found["rows"]:
+        what = ", ".join(filter(None, (row["method"], row["form"])))
+        spread = f"{row['token_milliseconds']:.1f} (± {row['token_half_spread']:.1f})"
+        over_map = f"{row['token_over_eager']:.2f} " if "token_over_eager" in row else ""
+        assert f"| {what} | {spread} | {row['token_over_sdpa']:.2f} | {over_map}|" in page
+    costs = [row["token_over_sdpa"] for row in found["rows"] if row["method"] and row["form"].startswith("steer")]
+    assert f"{min(costs):.2f}" == "1.04"
+    readme, _ = documented("README.md", "vlm-cpu")
+    assert "A token costs 1.04 to 1.33 times" in readme
+    assert sorted(f"{cost:.2f}" for cost in costs)[-3] == "1.33"  # without the two of guidance
