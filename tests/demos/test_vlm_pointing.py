@@ -78,3 +78,17 @@ def test_the_command_counts_hits_of_the_models_own_maps(tmp_path: Path) -> None:
     assert row["control"]["mean"] == pytest.approx(np.mean(hits), abs=1e-4)
     assert row["over_control"]["difference"] == pytest.approx(row["hit"]["mean"] - row["control"]["mean"], abs=2e-4)
     assert report["all layers"].keys() == {"hit", "control", "over_control"}
+
+
+def test_documented_hits() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = " ".join((root / "docs/methods/vision.md").read_text(encoding="utf-8").split())
+    found = json.loads((root / "benchmarks/vlm-pointing.json").read_text(encoding="utf-8"))
+    for layers in ("all layers", "layers 21:24"):
+        hit = found[layers]["hit"]
+        low, high = (f"{100 * end:.1f}" for end in hit["interval"])
+        assert f"{100 * hit['mean']:.1f} % [{low}, {high}]" in page
+        assert f"{100 * found[layers]['control']['mean']:.1f} %" in page
+    assert f"{100 * found['chance']['mean']:.1f} %; asked" in page
+    assert f"{100 * found['right']['mean']:.1f} % were right" in page
+    assert f'"Where is the X?" about {found["trials"]} things' in page
