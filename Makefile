@@ -23,7 +23,7 @@ models: $(VENV)/.demo $(VENV)/.smollm2  ## fetch the language model, list the em
 	$(BIN)/steer models --measure $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests, on up to four cores
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)
