@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def rows_of_map(call: Call, row: int, at: torch.Tensor, keep: torch.Tensor | Non
 
 def most(mass: torch.Tensor, share: float) -> torch.Tensor:
     """(B, H) bool: the share of the heads with the largest mass (B, H), at least one."""
-    count = max(1, int(mass.shape[1] * share))
+    count = max(1, math.floor(mass.shape[1] * share + 1e-9))  # 0.29 * 100 is a little below 29
     return torch.zeros_like(mass, dtype=torch.bool).scatter(1, mass.topk(count, 1).indices, True)
 
 

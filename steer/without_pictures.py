@@ -10,14 +10,14 @@ from transformers import DynamicCache
 
 from steer.query_row import brought, writing
 from steer_patches.generation import Text
-from steer_patches.pictures import Pictures, text_only
+from steer_patches.pictures import text_only
 from steer_patches.site import Scope
 
 CUT = 1000.0  # no probability is left; yet the order is, as generate() may forbid all others (min_new_tokens, n-grams)
 
 
 def logits_without(
-    scope: Scope, text: Text, pictures: Pictures, memory: dict[str, Any], config: Any
+    scope: Scope, text: Text, memory: dict[str, Any], config: Any
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The logits after the same text without its pictures, in the unedited model. Called after the main forward.
 
@@ -31,7 +31,8 @@ def logits_without(
         Logits (B, n, V) of the tokens that write, see `writing`, and (B,) bool, which rows have any text; None in a
         sequence whose first forward had no pictures or was not followed.
     """
-    number = pictures.number
+    assert text.pictures is not None
+    number = text.pictures.number
     if text.past == 0:
         kept = DynamicCache(config=config) if text.cache is not None else None
         mask = number.new_zeros(len(number), 0)

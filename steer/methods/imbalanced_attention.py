@@ -164,7 +164,7 @@ class ImbalancedAttention(Method):
         if self.gamma == 1 or text is None or text.pictures is None:
             return output
         memory = _memory(scope)
-        found = logits_without(scope, text, text.pictures, memory.setdefault("text", {}), self._config)
+        found = logits_without(scope, text, memory.setdefault("text", {}), self._config)
         if found is None:
             return output
         if isinstance(output, tuple):
