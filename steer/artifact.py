@@ -21,6 +21,7 @@ from steer_patches.sites import find_sites, plain
 
 FORMAT = 1
 JSON, TENSORS = "steer.json", "steer.safetensors"
+RECORD = "record"  # where the document keeps what a search tried, for methods without a plan
 
 
 class FingerprintError(ValueError):
@@ -95,6 +96,9 @@ def save(method: Method, directory: str | Path) -> None:
         "versions": installed(),
         "fingerprint": method.__dict__.get("_fingerprint") or method.__dict__.get("_loaded_fingerprint"),
     }
+    if (record := method.__dict__.get("_record")) is not None:
+        document[RECORD] = to_json(RECORD, record)
+        fields[RECORD] = record
     for name, value in fields.items():
         if isinstance(value, Plan):
             tensors |= {f"{name}.{key}": _packed(tensor) for key, tensor in value.tensors.items()}
@@ -124,7 +128,7 @@ def load(directory: str | Path) -> Method:
     cls = known.get(document["method"])
     if cls is None:
         raise ValueError(f"{folder / JSON} holds a {document['method']}; this version knows {', '.join(known)}")
-    has_plan = any(isinstance(value, dict) and "plan" in value for value in document["fields"].values())
+    has_plan = RECORD in document or any(isinstance(v, dict) and "plan" in v for v in document["fields"].values())
     tensors = load_file(folder / TENSORS) if document["tensors"] or has_plan else {}
     fields = {name: _from_json(name, value, tensors) for name, value in document["fields"].items()}
     fields |= {name: tensors[name] for name in document["tensors"]}
@@ -134,6 +138,8 @@ def load(directory: str | Path) -> Method:
         raise ValueError(f"{folder / JSON} has fields that {cls.__name__} does not: {', '.join(unknown)}")
     method = cls(**fields)
     method.__dict__["_loaded_fingerprint"] = document.get("fingerprint")
+    if RECORD in document:
+        method.__dict__["_record"] = _from_json(RECORD, document[RECORD], tensors)
     return method
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,18 @@ from transformers import PreTrainedModel
 
 from steer.guidance import Guidance
 from steer.method import Method
-from steer.select import SelectorError, expand_braces, head_mask, is_active, listing, matches, parse_steps, select
+from steer.select import (
+    SelectorError,
+    by_row,
+    expand_braces,
+    head_mask,
+    is_active,
+    layers_of,
+    listing,
+    matches,
+    parse_steps,
+    select,
+)
 from steer_patches.attach import denoisers
 from steer_patches.blocks import find_blocks
 from steer_patches.family import FAMILIES, Family, family_of
@@ -95,6 +106,11 @@ def bind(method: Method, models: dict[str, torch.nn.Module], has_clock: bool) ->
         )
     if method.heads is not None and len(method.heads) == 0:
         return []
+    if by_row(method.heads) and not method.heads_by_row:
+        raise CompositionError(
+            f"{type(method).__name__} takes one choice of heads for the whole batch; a mapping for each picture is for "
+            "guidance methods"
+        )
     bindings = [_bind_one(method, key, plain(model), has_clock) for key, model in models.items()]
     return [binding for binding in bindings if binding is not None]
 
@@ -109,8 +125,8 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
             f"{type(method).__name__} guides denoisers by a second pass; {type(model).__name__} is a language model"
         )
     layers = method.layers_in(model, sites)
-    if layers is None and isinstance(method.heads, Mapping):
-        layers = list(method.heads)
+    if layers is None:
+        layers = layers_of(method.heads) or None
     if layers is None:
         layers = _preset_layers(method, family, model)
     if getattr(method, "skips_blocks", False):
@@ -133,8 +149,8 @@ def _bind_one(given: Method, key: str, model: torch.nn.Module, has_clock: bool) 
     refused = next((site for site in [*chosen_sites, *read] if not site.ports), None)
     if refused is not None:
         raise UnhookableProcessor(f"{refused.name}: {refused.refusal}")
-    if isinstance(method.heads, Mapping):
-        select(list(method.heads), [site.name for site in chosen_sites], "selected attention sites", field="heads")
+    if named := layers_of(method.heads):
+        select(named, [site.name for site in chosen_sites], "selected attention sites", field="heads")
     dense = [site.name for site in sites if site.kind in method.kinds][: getattr(method, "dense_layers", None) or 0]
     chosen_sites = [site for site in chosen_sites if site.name not in dense]
     if not chosen_sites:

@@ -1,33 +1,28 @@
-"""Fit a method to a model: run data through it, while the method's search looks and decides."""
+"""Fit a method to a model: run data through it, while a search looks, scores and decides."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from steer.apply import apply
-from steer.artifact import fingerprint, installed, to_json
+from steer.artifact import fingerprint, installed
 from steer.bind import models_of
+from steer.checkpoint import Checkpoint, about
 from steer.method import Method
 from steer.plan import Plan, Search
+from steer.strategies import Strategy, strategy_of
+from steer.trials import Objective, Trials
 from steer_patches.sites import plain
-
-CHECKPOINT = "calibration.safetensors"
-SHOWN = 12  # characters of a digest
 
 
 def calibrate(
@@ -35,60 +30,88 @@ def calibrate(
     method: Method,
     data: Iterable[str | Mapping[str, Any]],
     *,
+    objective: Objective | str | None = None,
+    strategy: str | Strategy | None = None,
+    trials: int | None = None,
+    seconds: float | None = None,
+    batch: int | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     report: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Method:
-    """A copy of `method` that is fitted to `target`: a search over `data`, forward passes only.
+    """A copy of `method` that is fitted to `target` on `data`; no weights change, and no gradients are needed.
+
+    With an objective, settings of the method are tried: `strategy` says which, every trial draws all samples from the
+    same seeds, and the settings with the highest mean score win. Without one the method has a search of its own that
+    looks at the model while the data runs (`SparseVDiT`, `ACT`, `MoA`, ...).
 
     Args:
         target: a pipeline or a model, which stays as it is.
-        method: one with a search, e.g. `SparseVDiT()`; stays as it is.
+        method: what is fitted; stays as it is. Its `layers` and `heads`, where given, bound the search.
         data: for a pipeline prompts, or dicts of its arguments; for a bare model dicts of its forward's arguments.
-        seed: sample i is drawn with a generator of its own, seeded with seed + i, in every pass over the data.
-        checkpoint: folder in which the search is saved after every sample; the same call resumes from there.
-        report: folder for `report.md` and a picture of layers and heads; needs matplotlib.
-        progress: show a progress bar, samples times passes.
-        options: of the method's search, see its `search`.
+        objective: a callable (pictures, prompts) -> a score for each picture, higher is better, see
+            `steer.objectives`. Pictures are a tensor (N, 3, H, W) in [0, 1], clips (N, T, 3, H, W). For a bare model
+            it is called with ([output], [sample]). Text is an option of the method's own search.
+        strategy: what is tried with an objective: "headhunter" (rounds=, top=), which None stands for, "sweep"
+            (space=, cycles=), "random" (number=, draws=), "optuna" (space=, number=, sampler=), or a
+            `steer.strategies.Strategy`.
+        trials: budget: settings that are tried at most. A method's own search gets as many samples as make so many
+            runs in all of its passes.
+        seconds: budget of this call; the search ends with what it found by then. With `checkpoint` the same call with
+            more seconds goes on.
+        batch: trials of heads that are drawn in one batch, each row with heads of its own; None = the heads of a
+            layer, 1 = one at a time. Only guidance methods on pipelines share batches.
+        seed: sample i is drawn with a generator of its own, seeded with seed + i, in every trial and every pass.
+        checkpoint: folder in which the search is saved after every batch or sample; the same call resumes from there.
+        report: folder for `report.md` and pictures of layers and heads; needs matplotlib.
+        progress: show a progress bar.
+        options: of the strategy, or of the method's own search, see its `search`.
 
     Returns:
-        The fitted method: `steer.apply` it, or keep it with `save(dir)`.
+        The fitted method: `steer.apply` it, keep it with `save(dir)`, share it with `push_to_hub`. `record` holds what
+        was tried.
 
     Raises:
-        TypeError: a method with nothing to calibrate, data of the wrong kind, or an option the search does not have.
-        ValueError: no data, a target that is steered or compiled, or a checkpoint of another search.
+        TypeError: a method with nothing to calibrate, data of the wrong kind, or an option that does not exist.
+        ValueError: no data, a target that is steered or compiled, a budget too small for one trial, an objective that
+            gives no finite score, or a checkpoint of another search.
     """
     if report is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("report= draws with matplotlib: pip install 'steer-attention[plot]'")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds={seconds} must be above 0")
     models = models_of(target)
     _check_plain(models)
     samples = _samples(target, data)
-    search = method.search(**options)
-    about = _about(method, models, samples, seed, options)
-    saved = Checkpoint(Path(checkpoint), about) if checkpoint is not None else None
-    done = saved.resume(search) if saved else 0
+    work: Work
+    if callable(objective):
+        strategy, unknown = strategy_of(strategy or "headhunter", options)
+        if unknown:
+            raise TypeError(f"{', '.join(unknown)}: {strategy!r} has no such option")
+        work = Trials(target, models, method, samples, objective, strategy, seed=seed, trials=trials, batch=batch)
+        options = {"objective": objective, "strategy": strategy}
+    else:
+        if strategy is not None or batch is not None:
+            raise TypeError("strategy= and batch= are for searches with an objective: give objective=, a callable")
+        options |= {} if objective is None else {"objective": objective}
+        work = Passes(target, method.search(**options), method, samples, seed, trials)
+    facts = about(method, models, samples, seed, options)
+    saved = Checkpoint(Path(checkpoint), facts) if checkpoint is not None else None
+    if saved:
+        saved.resume(work)
 
-    total = search.passes * len(samples)
-    with (
-        apply(target, search) as handle,
-        _silent(target),
-        tqdm(total=total, initial=done, desc=f"calibrate {type(method).__name__}", disable=not progress) as bar,
-    ):
-        if not handle.bindings:
-            raise ValueError(f"{method.describe()} edits nothing, so there is nothing to calibrate; give it heads")
-        for number in range(done, total):
-            which, index = divmod(number, len(samples))
-            if index == 0:
-                search.start_pass(which)
-            search.run(target, samples[index], seed + index)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    bar = tqdm(total=work.total, initial=work.done, desc=f"calibrate {type(method).__name__}", disable=not progress)
+    with _silent(target), bar:
+        for _ in work.run(lambda: deadline is not None and time.monotonic() > deadline):
             if saved:
-                saved.save(search, number + 1)
-            bar.set_postfix_str(search.figure(), refresh=False)
-            bar.update()
+                saved.save(work)
+            bar.set_postfix_str(work.figure(), refresh=False)
+            bar.update(work.done - bar.n)
 
-    fitted = _with_provenance(search.finish(), about)
+    fitted = _with_provenance(work.finish(), facts)
     fitted.__dict__["_fingerprint"] = fingerprint(models)
     if report is not None:
         from steer.calibration_report import write
@@ -97,56 +120,84 @@ def calibrate(
     return fitted
 
 
-class Checkpoint:
-    """A search's state in one file, replaced as a whole: a kill leaves the old one or the new one.
+class Work(Protocol):
+    """What `calibrate` drives: searches over settings, and methods' own searches."""
+
+    @property
+    def total(self) -> int | None: ...
+    @property
+    def done(self) -> int: ...
+    def run(self, is_over: Callable[[], bool]) -> Iterator[None]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+    def figure(self) -> str: ...
+    def finish(self) -> Method: ...
+
+
+class Passes:
+    """A method's own search: all samples run through the target, as often as the search wants.
 
     Args:
-        folder: where the file is.
-        about: what the search depends on: method, settings, options, seed, data, model.
+        target: the pipeline or model.
+        search: what looks at them, applied to the target meanwhile.
+        method: whose search it is.
+        samples: what runs.
+        seed: of the first sample.
+        trials: runs in all passes together, at most; samples beyond are left out.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.file, self.about = folder / CHECKPOINT, json.loads(json.dumps(about))
+    def __init__(
+        self,
+        target: Any,
+        search: Search,
+        method: Method,
+        samples: Sequence[Mapping[str, Any]],
+        seed: int,
+        trials: int | None,
+    ) -> None:
+        if trials is not None and trials < search.passes:
+            raise ValueError(f"trials={trials}: this search passes {search.passes} times over the data, so give more")
+        self.target, self.search, self.method, self.samples, self.seed = target, search, method, samples, seed
+        self.used = len(samples) if trials is None else min(len(samples), trials // search.passes)
+        self.done = 0
 
-    def save(self, search: Search, done: int) -> None:
-        """Write the state after `done` samples."""
-        state = search.state()
-        tensors = {name: value.detach().cpu().clone() for name, value in state.items() if _is_tensor(value)}
-        rest = {name: value for name, value in state.items() if name not in tensors}
-        text = json.dumps({"about": self.about, "done": done, "state": rest})
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        new = self.file.with_suffix(".new")
-        save_file(tensors, new, metadata={"steer": text})
-        os.replace(new, self.file)
+    @property
+    def total(self) -> int:
+        return self.search.passes * self.used
 
-    def resume(self, search: Search) -> int:
-        """Give the search its saved state back; how many samples that was after, 0 without a file.
+    def run(self, is_over: Callable[[], bool]) -> Iterator[None]:
+        """Comes back after every sample. Once `is_over`, samples that the first pass did not reach are left out."""
+        with apply(self.target, self.search) as handle:
+            if not handle.bindings:
+                raise ValueError(
+                    f"{self.method.describe()} edits nothing, so there is nothing to calibrate; give it heads"
+                )
+            while self.done < self.total:
+                which, index = divmod(self.done, self.used)
+                if which == 0 and index and is_over():
+                    self.used = index
+                    continue
+                if index == 0:
+                    self.search.start_pass(which)
+                self.search.run(self.target, self.samples[index], self.seed + index)
+                self.done += 1
+                yield
 
-        Raises:
-            ValueError: the file is of another search; the message names what differs.
-        """
-        if not self.file.is_file():
-            return 0
-        with safe_open(self.file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        if "steer" not in metadata:
-            raise ValueError(f"{self.file} was not written by steer.calibrate; choose another checkpoint= folder")
-        document = json.loads(metadata["steer"])
-        then, now = _flat(document["about"]), _flat(self.about)
-        changed = [name for name in sorted({**then, **now}) if then.get(name) != now.get(name)]
-        if changed:
-            listed = ", ".join(f"{name} ({then.get(name)} -> {now.get(name)})" for name in changed[:5])
-            raise ValueError(
-                f"{self.file} is of another search, which differs in {listed}; delete it or choose another checkpoint="
-            )
-        search.load_state({**document["state"], **load_file(self.file)})
-        return document["done"]
+    def state(self) -> dict[str, Any]:
+        return {**self.search.state(), "_done": self.done, "_used": self.used}
 
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        own = dict(state)
+        self.done, used = own.pop("_done"), own.pop("_used")
+        if self.done > used:  # the second pass has begun: it has to see what the first one saw
+            self.used = used
+        self.search.load_state(own)
 
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {key: leaf for k, v in tree.items() for key, leaf in _flat(v, f"{name}.{k}" if name else k).items()}
+    def figure(self) -> str:
+        return self.search.figure()
+
+    def finish(self) -> Method:
+        return self.search.finish()
 
 
 def _check_plain(models: Mapping[str, torch.nn.Module]) -> None:
@@ -198,89 +249,13 @@ def _silent(target: Any) -> Iterator[None]:
             target._progress_bar_config = before
 
 
-def _about(
-    method: Method,
-    models: Mapping[str, torch.nn.Module],
-    samples: list[Mapping[str, Any]],
-    seed: int,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """All that the result depends on, as JSON."""
-    here = fingerprint(models)
-    return {
-        "method": type(method).__name__,
-        "settings": {field.name: _shown(field.name, getattr(method, field.name)) for field in fields(method)},
-        "options": {name: _shown(name, value) for name, value in options.items()},
-        "seed": seed,
-        "samples": len(samples),
-        "data": {str(i): digest(sample) for i, sample in enumerate(samples)},
-        "model": {
-            key or "model": {
-                "class": here[key]["class"],
-                "config": here[key]["config_hash"][:SHOWN],
-                "sites": digest(here[key]["sites"]),
-                "weights": _digest_of_weights(plain(model)),
-            }
-            for key, model in models.items()
-        },
-    }
-
-
-def _shown(name: str, value: Any) -> Any:
-    if _is_tensor(value) or isinstance(value, Plan):
-        return digest(value)
-    try:
-        return to_json(name, value)
-    except TypeError:
-        return digest(value)
-
-
-def digest(value: Any) -> str:
-    """A short hash of nested values: tensors, arrays and pictures by their contents, functions by their names."""
-    seen = hashlib.sha256()
-    _feed(seen, value)
-    return seen.hexdigest()[:SHOWN]
-
-
-def _feed(seen: Any, value: Any) -> None:
-    seen.update(type(value).__name__.encode())
-    if isinstance(value, Plan):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            _feed(seen, str(key))
-            _feed(seen, value[key])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _feed(seen, item)
-    elif isinstance(value, torch.Tensor):
-        seen.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        seen.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray) or hasattr(value, "tobytes"):
-        seen.update(f"{getattr(value, 'shape', None) or value.size}".encode())
-        seen.update(value.tobytes())
-    else:
-        seen.update((getattr(value, "__qualname__", None) or repr(value)).encode())
-
-
-def _digest_of_weights(model: torch.nn.Module, values: int = 16) -> str:
-    """Of the names, shapes and first values of all parameters: enough to tell one training from another."""
-    return digest(
-        {
-            name: (str(p.dtype), tuple(p.shape), None if p.is_meta else p.detach().reshape(-1)[:values])
-            for name, p in model.named_parameters()
-        }
-    )
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _with_provenance(fitted: Method, about: Mapping[str, Any]) -> Method:
-    """The plan's report with what it was made from."""
+def _with_provenance(fitted: Method, facts: Mapping[str, Any]) -> Method:
+    """The method, whose plan or record says what it was made from."""
+    facts = {**facts, "versions": installed()}
     plan = getattr(fitted, "plan", None)
-    if not isinstance(plan, Plan):
-        return fitted
-    changes: dict[str, Any] = {"plan": replace(plan, report={**about, "versions": installed(), **plan.report})}
-    return replace(fitted, **changes)
+    if isinstance(plan, Plan):
+        changes: dict[str, Any] = {"plan": replace(plan, report={**facts, **plan.report})}
+        return replace(fitted, **changes)
+    if (record := fitted.record) is not None:
+        fitted.__dict__["_record"] = replace(record, report={**facts, **record.report})
+    return fitted

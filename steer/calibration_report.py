@@ -19,9 +19,9 @@ def write(fitted: Method, folder: Path) -> None:
             choices, `plan.report["names"]` has the name of every choice: {"mode": ["full", "skip"]}.
         folder: made if it does not exist.
     """
-    plan = getattr(fitted, "plan", None)
-    if not isinstance(plan, Plan):
-        raise TypeError(f"{type(fitted).__name__} has no plan to report on")
+    plan = fitted.record
+    if plan is None:
+        raise TypeError(f"{type(fitted).__name__} was not fitted, so there is nothing to report on")
     folder.mkdir(parents=True, exist_ok=True)
     shape = (len(plan.starts), len(plan.sites), plan.heads)
     tables = {name: tensor.cpu() for name, tensor in plan.tensors.items() if tuple(tensor.shape) == shape}

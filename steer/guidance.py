@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from steer.method import Method
+from steer.select import by_row
 from steer_patches.attach import Attachment, batch_of, does_cfg
 from steer_patches.blocks import map_tensors, take_rows
 from steer_patches.site import Run
@@ -54,6 +55,8 @@ class Guidance(Method, register=False):
     adaptive_scale: float = 0.0
     extra: str = "separate"
     share_prefix: bool = True
+
+    heads_by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +135,7 @@ class Guide:
                 f"{active[0].method.describe()} cannot run: this pipeline computes its unconditional prediction first, "
                 "and the shift of the conditional one is not known yet"
             )
+        _check_rows(active, scope.rows, batch_of(arguments))
         inner: Any = self.attachment.inner
         if torch.is_grad_enabled() and getattr(inner, "is_gradient_checkpointing", False):
             raise RuntimeError(
@@ -243,6 +247,18 @@ class Guide:
         if reason:
             self._warned = True
             warnings.warn(f"{reason}; the guidance term is scaled along with it", GuidanceWarning, stacklevel=2)
+
+
+def _check_rows(active: list[Binding], roles: tuple[str, ...], batch: int) -> None:
+    """Raise where a method has heads for another number of pictures than are drawn."""
+    rows = _cond_rows(roles, batch)
+    for binding in active:
+        heads = binding.method.heads
+        if by_row(heads) and len(heads) != rows.stop - rows.start:
+            raise ValueError(
+                f"heads of {type(binding.method).__name__} has a mapping for each of {len(heads)} pictures, but this "
+                f"batch has {rows.stop - rows.start}; give one for each, or one mapping for all of them"
+            )
 
 
 def _is_plain_cfg(guider: Any) -> bool:

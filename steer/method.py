@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from steer.select import parse_steps
+from steer.select import Heads, parse_steps
 from steer_kernels.order import TokenOrder
 from steer_patches.family import Family
 from steer_patches.site import KINDS, ROLES, Call, Next, Scope, Site
 
 if TYPE_CHECKING:
-    from steer.plan import Search
+    from steer.plan import Plan, Search
     from steer_patches.generation import Text
 
 STAGES = ("inputs", "scores", "output", "kernel")  # from the outermost wrapper to the innermost
@@ -30,7 +30,8 @@ class Method:
     Args:
         layers: glob or globs over site names or their dotted prefixes ("transformer_blocks.{8..14}", "mid_block");
             None = the preset of the model's family.
-        heads: query heads to edit at every selected site, or a mapping from layer glob to heads; None = all.
+        heads: query heads to edit at every selected site, or a mapping from layer glob to heads; None = all. Guidance
+            also takes a list of such mappings, one for each picture of the batch: every picture has its own heads.
         steps: ":" or None = all, "0.2:0.9" = fractions of the run, "3:10" or a range = step indices. In language models
             step 0 is the prompt and every further forward one step: "0:1" = the prompt only, "1:" = what is generated.
         rows: only the batch rows of this role ("cond", "uncond", ...); None = all.
@@ -38,7 +39,7 @@ class Method:
     """
 
     layers: str | Sequence[str] | None = None
-    heads: Mapping[str, Sequence[int]] | Sequence[int] | None = None
+    heads: Heads | None = None
     steps: str | range | None = None
     rows: str | None = None
     min_tokens: int = 0
@@ -53,6 +54,7 @@ class Method:
     needs_pictures: ClassVar[bool] = False  # works on what a vision-language model has of its pictures
     needs_blocks: ClassVar[bool] = False  # drives the model's layers, see `scope.blocks`
     needs_grid: ClassVar[bool] = False  # every site must have the same, known grid of tokens
+    heads_by_row: ClassVar[bool] = False  # `heads` may differ from picture to picture of a batch
 
     def __init_subclass__(cls, register: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -145,7 +147,8 @@ class Method:
         """What `steer.calibrate` runs to fit this method; `options` are its own. Only searched methods have one."""
         able = [name for name, cls in methods().items() if cls.search is not Method.search]
         raise TypeError(
-            f"{type(self).__name__} has nothing to calibrate; steer.calibrate fits {', '.join(able) or 'no method yet'}"
+            f"{type(self).__name__} has no search of its own; those that have are {', '.join(able)}. To search its "
+            "settings give objective=, a callable (pictures, prompts) -> scores"
         )
 
     def is_neutral(self) -> bool:
@@ -165,6 +168,12 @@ class Method:
     def describe(self) -> str:
         """Short form for summaries, e.g. `PAG(scale=3.0)`."""
         return f"{type(self).__name__}({', '.join(f'{k}={_short(v)}' for k, v in self.settings().items())})"
+
+    @property
+    def record(self) -> Plan | None:
+        """What `steer.calibrate` tried and found: tables of scores, data, seeds, figures. None if it was not fitted."""
+        plan = getattr(self, "plan", None)
+        return plan if plan is not None else self.__dict__.get("_record")
 
     def save(self, directory: str) -> None:
         """Write `steer.json` and, for tensor fields, `steer.safetensors` into `directory`. See `steer.load`."""

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -74,16 +75,34 @@ def listing(names: Sequence[str]) -> str:
     return "\n".join(lines) or "  (nothing)"
 
 
-def head_mask(heads: Mapping[str, Sequence[int]] | Sequence[int] | None, site: Site) -> torch.Tensor | None:
-    """Boolean (H, 1, 1) mask of the heads chosen at `site`, or None for all of them."""
+ByLayer = Mapping[str, Sequence[int]]
+Heads = ByLayer | Sequence[int] | Sequence[ByLayer]
+
+
+def by_row(heads: Heads | None) -> bool:
+    """Whether `heads` has a mapping for every picture of the batch."""
+    return not isinstance(heads, Mapping) and bool(heads) and isinstance(heads[0], Mapping)  # type: ignore[index]
+
+
+def layers_of(heads: Heads | None) -> list[str]:
+    """The layer globs that `heads` names itself, none where it holds numbers only."""
+    mappings: Any = [heads] if isinstance(heads, Mapping) else heads if by_row(heads) else []
+    return list(dict.fromkeys(pattern for mapping in mappings for pattern in mapping))
+
+
+def head_mask(heads: Heads | None, site: Site) -> torch.Tensor | None:
+    """Boolean mask of the heads chosen at `site`: (H, 1, 1), or (R, H, 1, 1) by row, or None for all of them."""
     if heads is None:
         return None
+    if by_row(heads):
+        rows: Any = [head_mask(row, site) for row in heads]  # type: ignore[arg-type]
+        return torch.stack(rows)
     if isinstance(heads, Mapping):
         numbers = {
             h for pattern, hs in heads.items() if any(matches(p, site.name) for p in expand_braces(pattern)) for h in hs
         }
     else:
-        numbers = set(heads)
+        numbers = set(heads)  # type: ignore[arg-type]
     wrong = sorted(h for h in numbers if not 0 <= h < site.heads)
     if wrong:
         raise SelectorError(f"heads {wrong} do not exist at {site.name}: it has heads 0 to {site.heads - 1}")

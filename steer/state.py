@@ -38,7 +38,7 @@ class Link:
         outer = call.heads
         heads = self.heads if self.heads is None else self.heads.to(call.query.device)
         if heads is not None and call.head_range is not None:
-            heads = heads[call.head_range]
+            heads = heads[..., call.head_range, :, :]
         if heads is not outer:
             call = call.replace(heads=heads)
 
@@ -46,10 +46,10 @@ class Link:
             return next(changed if changed.heads is outer else changed.replace(heads=outer))
 
         if self.rows is None:  # asked first: a compiled graph would be made again for other rows
-            return method.attend(call, inner)
+            return method.attend(_own_heads(call), inner)
         chosen = [_covers(self.rows, role) for role in call.rows]
         if all(chosen):
-            return method.attend(call, inner)
+            return method.attend(_own_heads(call), inner)
         if not any(chosen):
             return inner(call)
         batch = call.query.shape[0]
@@ -57,8 +57,16 @@ class Link:
         parts = []
         for i, (mine, role) in enumerate(zip(chosen, call.rows, strict=True)):
             part = _rows_of(call, slice(i * each, (i + 1) * each), batch).replace(own_rows=(role,))
-            parts.append(method.attend(part, inner) if mine else inner(part))
+            parts.append(method.attend(_own_heads(part), inner) if mine else inner(part))
         return torch.cat(parts)
+
+
+def _own_heads(call: Call) -> Call:
+    """The call with a mask of heads for each of its rows, where every picture has its own: R pictures of n rows."""
+    heads = call.heads
+    if heads is None or heads.ndim == 3:
+        return call
+    return call.replace(heads=heads.repeat_interleave(call.query.shape[0] // heads.shape[0], 0))
 
 
 def _covers(wanted: str, role: str) -> bool:
