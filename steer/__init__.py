@@ -21,6 +21,7 @@ from steer.guidance import Guidance, GuidanceWarning
 from steer.handle import Handle
 from steer.method import Method, methods
 from steer.plan import Plan, Search
+from steer.presets import presets
 from steer.select import SelectorError
 from steer.simulate import Simulation, simulate
 
@@ -58,6 +59,7 @@ __all__ = [
     "doctor",
     "load",
     "methods",
+    "presets",
     "remove",
     "simulate",
     "sites",

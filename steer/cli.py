@@ -57,6 +57,31 @@ def methods(markdown: Annotated[bool, typer.Option(help="Print the README's tabl
 
 
 @app.command()
+def presets(
+    method: Annotated[str | None, typer.Argument(help="A method, e.g. PAG; default: all.")] = None,
+    source: Annotated[bool, typer.Option("--source", help="Also where each comes from and how sure it is.")] = False,
+) -> None:
+    """List published settings that a method takes by name: `steer.PAG(preset="sd3-sunlight")`."""
+    known = steer.presets(method)
+    if not known:
+        able = ", ".join(dict.fromkeys(each.method for each in steer.presets()))
+        raise ValueError(f"there are no named settings of {method}; there are some of {able}")
+    table = Table("preset", "for", "source" if source else "settings", box=box.SIMPLE, show_lines=True)
+    for each in known:
+        settings = "\n".join(_setting(key, value) for key, value in each.settings.items())
+        table.add_row(each.name, f"{each.method}\n{each.family}", each.source if source else settings)
+    console.print(table, highlight=False, markup=False)
+
+
+def _setting(name: str, value: Any) -> str:
+    """One field in few characters; of heads, each layer with its heads."""
+    if name == "heads" and isinstance(value, Mapping):
+        heads = [f"{layer.removesuffix('.attn')}: {', '.join(map(str, some))}" for layer, some in value.items()]
+        return "heads " + "; ".join(heads)
+    return f"{name}={value!r}"
+
+
+@app.command()
 def sites(
     model: Annotated[str, typer.Argument(help="Embedded model name, local folder, hub id, or diffusers class name.")],
     every: Annotated[bool, typer.Option("--all", help="A row for every site, not for each group.")] = False,

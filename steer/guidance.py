@@ -10,15 +10,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from steer.method import Method
-from steer.select import by_row
+from steer.select import SelectorError, by_row
 from steer_patches.attach import Attachment, batch_of, does_cfg
 from steer_patches.blocks import map_tensors, take_rows
+from steer_patches.family import Family
 from steer_patches.site import Run
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ class Guidance(Method, register=False):
         adaptive_scale: the weight falls by this much for every unit of the timestep (0 to 1000) below 1000.
         extra: "separate" = the perturbed rows run in their own pass; "batched" = in the same pass as the others.
         share_prefix: in a separate pass, reuse what the ordinary pass computed before the first perturbed layer. Exact.
+        preset: name of one of the family's published settings, see `steer.presets`; it gives the fields that are at
+            their defaults.
     """
 
     scale: float = 3.0
     adaptive_scale: float = 0.0
     extra: str = "separate"
     share_prefix: bool = True
+    preset: str | None = None
 
     heads_by_row: ClassVar[bool] = True
 
@@ -72,6 +76,22 @@ class Guidance(Method, register=False):
 
     def is_neutral(self) -> bool:
         return self.scale == 0
+
+    def resolved(self, family: Family | None, has_clock: bool) -> Method:
+        """A copy with the settings of the preset that was asked for by name."""
+        if self.preset is None:
+            return self
+        name = type(self).__name__
+        preset = family.preset(name, self.preset) if family else None
+        if preset is None:
+            known = ", ".join(family.preset_names(name)) if family else ""
+            raise SelectorError(
+                f"preset={self.preset!r} of {name} does not exist for {family.name if family else 'this model'}; "
+                f"it has {known or 'none'}"
+            )
+        given = self.settings()
+        changes: dict[str, Any] = {key: value for key, value in preset.settings.items() if key not in given}
+        return replace(self, **changes)
 
     def scale_at(self, run: Run) -> float:
         """The weight at the run's current timestep."""
