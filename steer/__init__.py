@@ -11,12 +11,13 @@ from typing import Any
 
 import steer.methods  # noqa: F401  (its files register themselves; the name then goes to the function below)
 from steer.apply import apply, remove, sites
-from steer.artifact import FingerprintError, load
+from steer.artifact import load
 from steer.bind import CompositionError
 from steer.calibrate import calibrate
 from steer.capture import capture
 from steer.compare import Comparison, compare
 from steer.doctor import doctor
+from steer.fingerprint import ArtifactWarning, FingerprintError
 from steer.guidance import Guidance, GuidanceWarning
 from steer.handle import Handle
 from steer.method import Method, methods
@@ -41,6 +42,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ArtifactWarning",
     "Comparison",
     "CompositionError",
     "FingerprintError",

@@ -6,8 +6,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from steer.artifact import check_fingerprint, fingerprint
 from steer.bind import CompositionError, bind, models_of
+from steer.fingerprint import check_fingerprint, fingerprint
 from steer.handle import Handle
 from steer.method import Method
 from steer.state import State

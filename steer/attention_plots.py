@@ -12,7 +12,6 @@ import torch
 from steer.apply import apply, sites
 from steer.capture import Capture, capture
 from steer.method import Method
-from steer.plan import Plan
 from steer.select import expand_braces, matches
 from steer_patches.generation import generates
 from steer_patches.site import Call, Next, Site
@@ -96,7 +95,7 @@ def head_tables(method: Method) -> dict[str, HeadTable]:
     """What a method has for every layer and head: the tables of its plan, and the heads that it is on at.
 
     Args:
-        method: as `steer.load` gives it, or a fitted one.
+        method: as `steer.load` gives it, or a fitted one; the record of a search counts as its plan.
 
     Returns:
         Title -> (layers, heads). A table of a plan may have a leading axis of step groups, which become one table each.
@@ -105,8 +104,8 @@ def head_tables(method: Method) -> dict[str, HeadTable]:
         ValueError: it has nothing of the kind.
     """
     tables: dict[str, HeadTable] = {}
-    plan = getattr(method, "plan", None)
-    if isinstance(plan, Plan):
+    plan = method.record
+    if plan is not None:
         shape = (len(plan.sites), plan.heads)
         for name, tensor in plan.tensors.items():
             if tuple(tensor.shape) == shape:
@@ -115,7 +114,7 @@ def head_tables(method: Method) -> dict[str, HeadTable]:
                 groups = [f", from {start:.0%} of the run" if len(plan.starts) > 1 else "" for start in plan.starts]
                 tables |= {name + group: table for group, table in zip(groups, tensor, strict=True)}
     names, heads = _layers_of(method)
-    if isinstance(method.heads, Mapping) and names:
+    if isinstance(method.heads, Mapping) and names and "chosen" not in tables:
         chosen = torch.zeros(len(names), max(heads, *(max(given, default=0) + 1 for given in method.heads.values())))
         for pattern, given in method.heads.items():
             for layer, name in enumerate(names):
@@ -190,8 +189,7 @@ def draw_map(
 
 def _layers_of(method: Method) -> tuple[list[str], int]:
     """Names of the attention sites of the model that a method was made for, and its number of heads."""
-    plan = getattr(method, "plan", None)
-    if isinstance(plan, Plan):
+    if (plan := method.record) is not None:
         return list(plan.sites), plan.heads
     made_for = method.__dict__.get("_fingerprint") or method.__dict__.get("_loaded_fingerprint") or {}
     for model in made_for.values():
@@ -235,9 +233,10 @@ def _norm(tables: Iterable[torch.Tensor], log: bool) -> Any:
     from matplotlib.colors import LogNorm, Normalize
 
     values = torch.cat([table.float().flatten() for table in tables])
-    top = float(values.max())
+    values = values[~values.isnan()]
+    top = max(values.tolist(), default=0.0)
     if not log:
-        return Normalize(min(0.0, float(values.min())), top or 1.0)
+        return Normalize(min([0.0, *values.tolist()]), top or 1.0)
     positive = values[values > 0]
     if not len(positive):
         raise ValueError("a logarithmic scale shows values above 0, and there are none")

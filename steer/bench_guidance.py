@@ -87,8 +87,20 @@ SD3_SMALL = (4, 4, 16, 16, 20)
 
 def _sd3(device: str, dtype: torch.dtype, small: bool) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """24 joint blocks: SD3-medium's width 1536 and 4096 image tokens on a GPU, width 512 and 1024 tokens on a CPU."""
+    return random_sd3(SD3_SMALL if small else SD3_SHAPE[device], device, dtype)
+
+
+def random_sd3(
+    shape: tuple[int, int, int, int, int], device: str, dtype: torch.dtype
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """An SD3 pipeline of random weights, and arguments that draw a picture with it.
+
+    Args:
+        shape: blocks, heads, channels of a head, rows of the square latents, text tokens.
+        device, dtype: of the weights.
+    """
     torch.manual_seed(0)
-    layers, heads, width, size, text = SD3_SMALL if small else SD3_SHAPE[device]
+    layers, heads, width, size, text = shape
     model = SD3Transformer2DModel(
         sample_size=size,
         num_layers=layers,

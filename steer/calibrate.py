@@ -15,9 +15,10 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from steer.apply import apply
-from steer.artifact import fingerprint, installed
+from steer.artifact import installed
 from steer.bind import models_of
 from steer.checkpoint import Checkpoint, about
+from steer.fingerprint import fingerprint
 from steer.method import Method
 from steer.plan import Plan, Search
 from steer.strategies import Strategy, strategy_of
@@ -87,9 +88,7 @@ def calibrate(
     samples = _samples(target, data)
     work: Work
     if callable(objective):
-        strategy, unknown = strategy_of(strategy or "headhunter", options)
-        if unknown:
-            raise TypeError(f"{', '.join(unknown)}: {strategy!r} has no such option")
+        strategy = strategy_of(strategy or "headhunter", options)
         work = Trials(target, models, method, samples, objective, strategy, seed=seed, trials=trials, batch=batch)
         options = {"objective": objective, "strategy": strategy}
     else:
@@ -109,6 +108,7 @@ def calibrate(
             if saved:
                 saved.save(work)
             bar.set_postfix_str(work.figure(), refresh=False)
+            bar.total = work.total
             bar.update(work.done - bar.n)
 
     fitted = _with_provenance(work.finish(), facts)
@@ -191,6 +191,8 @@ class Passes:
         self.done, used = own.pop("_done"), own.pop("_used")
         if self.done > used:  # the second pass has begun: it has to see what the first one saw
             self.used = used
+        else:  # also with a smaller budget, what the first pass saw was seen
+            self.used = max(self.used, self.done)
         self.search.load_state(own)
 
     def figure(self) -> str:
@@ -252,10 +254,9 @@ def _silent(target: Any) -> Iterator[None]:
 def _with_provenance(fitted: Method, facts: Mapping[str, Any]) -> Method:
     """The method, whose plan or record says what it was made from."""
     facts = {**facts, "versions": installed()}
-    plan = getattr(fitted, "plan", None)
-    if isinstance(plan, Plan):
+    if (record := fitted.__dict__.get("_record")) is not None:
+        fitted.__dict__["_record"] = replace(record, report={**facts, **record.report})
+    elif isinstance(plan := getattr(fitted, "plan", None), Plan):
         changes: dict[str, Any] = {"plan": replace(plan, report={**facts, **plan.report})}
         return replace(fitted, **changes)
-    if (record := fitted.record) is not None:
-        fitted.__dict__["_record"] = replace(record, report={**facts, **record.report})
     return fitted

@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from steer.artifact import fingerprint, to_json
+from steer.artifact import to_json
+from steer.fingerprint import fingerprint
 from steer.method import Method
 from steer.plan import Plan
 from steer_patches.sites import plain
@@ -104,7 +105,8 @@ def about(
                 "class": here[key]["class"],
                 "config": here[key]["config_hash"][:SHOWN],
                 "sites": digest(here[key]["sites"]),
-                "weights": _digest_of_weights(plain(model)),
+                "dtype": str(plain(model).dtype),
+                "weights": digest_of_weights(plain(model)),
             }
             for key, model in models.items()
         },
@@ -128,7 +130,7 @@ def _shown(value: Any) -> Any:
         return digest(value)
 
 
-def _digest_of_weights(model: torch.nn.Module, values: int = 16) -> str:
+def digest_of_weights(model: torch.nn.Module, values: int = 16) -> str:
     """Of the names, shapes and first values of all parameters: enough to tell one training from another."""
     return digest(
         {

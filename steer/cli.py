@@ -19,6 +19,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import steer
 from steer import method_table
@@ -116,12 +117,19 @@ def _open(name: str) -> Any:
     return diffusers.DiffusionPipeline.from_pretrained(name)
 
 
+def _call_options(name: str) -> dict[str, Any]:
+    """Arguments that the pipeline of an embedded model needs; empty for other models."""
+    return {key: value for entry in entry_points(group="steer.calls") for key, value in entry.load()(name).items()}
+
+
 @app.command()
 def calibrate(
     model: Annotated[
         str, typer.Argument(help="Embedded model name, local folder or hub id of a pipeline or language model.")
     ],
-    method: Annotated[str, typer.Argument(help="A method with a search, e.g. SparseVDiT or ACT.")],
+    method: Annotated[
+        str, typer.Argument(help="A method with a search, e.g. SparseVDiT; with --objective any method, e.g. PAG.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the fitted method; steer.load reads it.")],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the data; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
@@ -129,14 +137,37 @@ def calibrate(
         Path | None, typer.Option(help="For a language model: JSON Lines of samples, see steer.text_samples.")
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value: a field of the method, or an option of its search.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="key=value, values in JSON: a field of the method, or an option of its search or of --strategy, e.g. "
+            'rounds=2, top=3, space={"scale": [1, 2, 3]}; a range for optuna is {"scale": {"low": 1.0, "high": 6.0}}, '
+            "of whole numbers if both are whole.",
+        ),
     ] = None,
     call: Annotated[list[str] | None, typer.Option(help="key=value: an argument of the pipeline.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first sample; the others count up.")] = 0,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder to save the search in, and to resume from.")] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a table and a picture of layers and heads.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="What to look for, higher is better: sharpness, -brightness, clip:FOLDER, MODULE:FUNCTION, "
+            "FILE.py:FUNCTION, ...; any other word lists them."
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="What is tried: headhunter (default), sweep, random or optuna.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings to try at most.", min=1)] = None,
+    seconds: Annotated[float | None, typer.Option(help="The search ends with what it found by then.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Trials of heads drawn at once; default: the heads of a layer.", min=1)
+    ] = None,
 ) -> None:
-    """Fit a searched method to a pipeline and some prompts, or to a language model and samples."""
+    """Fit a method to a pipeline and prompts, or to a language model: by a search of its own, or for an objective."""
+    from steer import objectives, search_options
+
     known = steer.methods()
     if method not in known:
         raise ValueError(f"there is no method {method}; there are {', '.join(known)}")
@@ -148,10 +179,18 @@ def calibrate(
             "FILE with a JSON object on each line for a language model"
         )
     given = assignments("--set", settings or [])
-    names = {field.name for field in dataclasses.fields(known[method])}
-    chosen = known[method](**{key: value for key, value in given.items() if key in names})
-    options = {key: value for key, value in given.items() if key not in names}
-    arguments = assignments("--call", call or [])
+    options: dict[str, Any]
+    if objective is not None:
+        fields, tried = search_options.split(known[method], strategy or "headhunter", given)
+        options = {"objective": objectives.objective(objective), "strategy": tried, "batch": batch}
+    elif strategy is not None or batch is not None:
+        raise ValueError("--strategy and --batch are for searches with --objective; say what to look for")
+    else:
+        names = {field.name for field in dataclasses.fields(known[method])}
+        fields = {key: value for key, value in given.items() if key in names}
+        options = {key: value for key, value in given.items() if key not in names}
+    chosen = method_of(method, fields)
+    arguments = {**_call_options(model), **assignments("--call", call or [])}
     target: Any
     samples: list[dict[str, Any]]
     if data is not None:
@@ -166,13 +205,55 @@ def calibrate(
         target,
         chosen,
         samples,
+        trials=trials,
+        seconds=seconds,
         seed=seed,
         checkpoint=checkpoint,
         report=report,
         **options,
     )
     fitted.save(str(output))
-    console.print(f"{fitted.describe()} is in {output}", highlight=False, markup=False)
+    for line in search_options.summary(fitted, output, report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def show(
+    source: Annotated[str, typer.Argument(help="Folder of a saved method, or owner/name on the Hugging Face Hub.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub's repository.")] = None,
+    trials: Annotated[int, typer.Option(help="Trials to list, the best first.", min=0)] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the contents of its steer.json.")] = False,
+) -> None:
+    """Say what a saved method is: its settings, what it was made for, how it was found, its figures."""
+    from steer.artifact import folder_of, read
+    from steer.provenance import OPTIMISM, best_trials, sections
+
+    folder = folder_of(source, revision=revision)
+    if as_json:
+        print(json.dumps(read(folder), indent=2, sort_keys=True))
+        return
+    method = steer.load(folder)
+    console.print(_plain(f"{type(method).__name__}, from {source}"), style="bold")
+    for title, rows in sections(method).items():
+        table = Table(box=box.SIMPLE, title=title, title_justify="left", show_header=False)
+        table.add_column(no_wrap=False, max_width=24)
+        table.add_column(overflow="fold")
+        for row in rows:
+            table.add_row(*map(_plain, row))
+        console.print(table)
+    if listed := best_trials(method, trials):
+        table = Table("settings", "score", "gain [95 %]", box=box.SIMPLE, title="Best trials", title_justify="left")
+        for column in table.columns:
+            column.overflow = "fold"
+        for trial in listed:
+            table.add_row(*map(_plain, trial))
+        console.print(table)
+        console.print(OPTIMISM, highlight=False)
+
+
+def _plain(text: str) -> Text:
+    """Text of a file that anyone may have written: no markup, and nothing that a terminal would act on."""
+    return Text("".join(character if character.isprintable() or character == "\n" else "?" for character in text))
 
 
 def assignments(option: str, given: Sequence[str]) -> dict[str, Any]:
@@ -284,17 +365,22 @@ def plot_heads(
     table: Annotated[str | None, typer.Option(help="One of its tables; default: all.")] = None,
     log: Annotated[bool, typer.Option(help="Colours on a logarithmic scale.")] = False,
 ) -> None:
-    """Draw what a saved method has for every layer and head: scores, chosen heads, windows."""
+    """Draw what a saved method has for every layer and head: scores, gains of a search, chosen heads, windows."""
     from steer.attention_plots import draw_heads, head_tables
+    from steer.calibration_plots import draw_round
+    from steer.findings import findings_of
 
     method = steer.load(str(artifact))
-    tables = head_tables(method)
+    tables, found = head_tables(method), findings_of(method)
     if table is not None and table not in tables:
         raise ValueError(f"{artifact} has no table {table!r}; it has {', '.join(tables)}")
     chosen = tables if table is None else {table: tables[table]}
     for name, values in chosen.items():
         path = output if len(chosen) == 1 else output.with_stem(f"{output.stem}-{name}")
-        draw_heads({name: values}, path, title=type(method).__name__, log=log)
+        if found is not None and name in found.gains:
+            draw_round(found, found.gains[name], path)
+        else:
+            draw_heads({name: values}, path, title=type(method).__name__, log=log)
         console.print(f"{name}, {values.shape[0]} layers x {values.shape[1]} heads, is in {path}", highlight=False)
 
 
@@ -457,6 +543,49 @@ def bench_vlm(
 
     models = {} if model is None else {model: _open(model)}
     bench_vlm.run(models=models, repeats=repeats, device=device, small=small, output=output, console=console)
+
+
+@bench_app.command("trials")
+def bench_trials(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A pipeline, e.g. emoji-mmdit, to measure besides the SD3 of random weights."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What that pipeline draws.")] = "a red apple, noto style",
+    call: Annotated[
+        list[str] | None, typer.Option(help="key=value: an argument of that pipeline; may be repeated.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of that pipeline.", min=1)] = 10,
+    layers: Annotated[
+        int | None, typer.Option(help="Its layers to try, spread over the depth; default: all.", min=1)
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads to try of each of them; default: all.", min=1)] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Trials in a batch; may be repeated. Default: the heads of a layer, of two, and all.", min=1),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed rounds of each way; the median counts.", min=1)] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")] = None,
+    small: Annotated[bool, typer.Option(help="A tiny setting that shows the mechanics, not the speed.")] = False,
+    output: Annotated[str | None, typer.Option(help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Seconds of a search's trials of heads: one at a time and in batches, with and without the shared prefix."""
+    from steer.bench_trials import run
+
+    arguments = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": 1.0}
+    arguments |= assignments("--call", call or [])
+    pipes = {} if model is None else {model: (_open(model), arguments)}
+    run(
+        pipes=pipes,
+        layers=layers,
+        heads=heads,
+        batches=batch or [],
+        repeats=repeats,
+        device=device,
+        small=small,
+        output=output,
+        console=console,
+    )
 
 
 def main() -> None:

@@ -172,14 +172,52 @@ class Method:
     @property
     def record(self) -> Plan | None:
         """What `steer.calibrate` tried and found: tables of scores, data, seeds, figures. None if it was not fitted."""
-        plan = getattr(self, "plan", None)
-        return plan if plan is not None else self.__dict__.get("_record")
+        return self.__dict__.get("_record", getattr(self, "plan", None))
 
     def save(self, directory: str) -> None:
         """Write `steer.json` and, for tensor fields, `steer.safetensors` into `directory`. See `steer.load`."""
         from steer.artifact import save
 
         save(self, directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save` writes to the Hugging Face Hub, with a model card; `steer.load(repo_id)` reads it.
+
+        Args:
+            repo_id: "owner/name"; the repository is made if there is none. Its README.md is written anew each time.
+            private: whether a new repository is; None = as the owner's repositories are.
+            token: with write access; None = the one that is logged in.
+            commit_message: None = "Upload PAG of steer", for example.
+            revision: branch to commit to, made if there is none; None = "main".
+            create_pr: open a pull request in place of a commit to the branch.
+
+        Returns:
+            The commit's URL, or the pull request's.
+
+        Raises:
+            TypeError: a field that cannot be saved; nothing was uploaded then.
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        from steer.hub import upload
+
+        return upload(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def _short(value: Any) -> str:

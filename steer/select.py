@@ -81,7 +81,12 @@ Heads = ByLayer | Sequence[int] | Sequence[ByLayer]
 
 def by_row(heads: Heads | None) -> bool:
     """Whether `heads` has a mapping for every picture of the batch."""
-    return not isinstance(heads, Mapping) and bool(heads) and isinstance(heads[0], Mapping)  # type: ignore[index]
+    if heads is None or isinstance(heads, Mapping):
+        return False
+    mappings = [isinstance(row, Mapping) for row in heads]
+    if any(mappings) and not all(mappings):
+        raise SelectorError(f"heads={heads!r} mixes mappings and numbers: give a mapping for every picture, or numbers")
+    return any(mappings)
 
 
 def layers_of(heads: Heads | None) -> list[str]:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from steer.bind import Binding, CompositionError, models_of
 from steer.guidance import Guidance, Guide
 from steer.method import STAGES, Method
+from steer.select import by_row
 from steer_kernels.order import TokenOrder
 from steer_patches.attach import Attachment, denoisers
 from steer_patches.clock import Clock
@@ -126,6 +127,12 @@ class State:
             if batched and family is not None and family.splits_rows:
                 raise CompositionError(
                     f'{family.name} computes attention row by row; use extra="separate" instead of "batched"'
+                )
+            own_heads = [b.method for b in new if b.model == key and by_row(b.method.heads)]
+            if own_heads and family is not None and family.splits_rows:
+                raise CompositionError(
+                    f"{family.name} computes attention row by row, so {type(own_heads[0]).__name__} cannot take a "
+                    "mapping of heads for each picture; give one mapping for all of them"
                 )
             by_role = [b.method for b in new if b.model == key and b.method.rows not in (None, "perturbed")]
             if by_role and family is not None and family.splits_rows:

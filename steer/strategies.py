@@ -166,8 +166,13 @@ class RandomHeads(Strategy):
         number = self.number if self.number is not None else max(1, round(len(space.heads) / 24))
         if number > len(space.heads):
             raise ValueError(f"number={number}: there are {len(space.heads)} heads to draw from")
-        chance = random.Random(space.seed)
-        draws = [_settings(chance.sample(space.heads, number), space) for _ in range(self.draws)]
+        if self.draws > math.comb(len(space.heads), number):
+            raise ValueError(f"draws={self.draws}: there are {math.comb(len(space.heads), number)} choices of {number}")
+        chance, drawn = random.Random(space.seed), dict[frozenset[Head], Settings]()
+        while len(drawn) < self.draws:
+            heads = chance.sample(space.heads, number)
+            drawn.setdefault(frozenset(heads), _settings(heads, space))
+        draws = list(drawn.values())
         scores = yield [Trial(settings) for settings in draws]
         return draws[next(iter(best(scores)), 0)]
 
@@ -203,11 +208,13 @@ class Optuna(Strategy):
             import optuna
         except ImportError:
             raise ImportError("strategy=\"optuna\" needs optuna: pip install 'steer-attention[search]'") from None
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = getattr(optuna.samplers, self.sampler, None)
         if sampler is None:
             raise ValueError(f"optuna.samplers has no {self.sampler!r}; it has {', '.join(optuna.samplers.__all__)}")
+        told = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
         study = optuna.create_study(direction="maximize", sampler=sampler(seed=space.seed))
+        optuna.logging.set_verbosity(told)
         found, top = Settings(), -math.inf
         for _ in range(self.count(space)):
             trial = study.ask()
@@ -235,20 +242,23 @@ class Optuna(Strategy):
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (HeadHunter, Sweep, RandomHeads, Optuna)}
 
 
-def strategy_of(given: str | Strategy, options: Mapping[str, Any]) -> tuple[Strategy, dict[str, Any]]:
-    """The strategy of that name with its options, and the options that it does not know.
+def strategy_of(given: str | Strategy, options: Mapping[str, Any]) -> Strategy:
+    """The strategy of that name with its options.
 
     Raises:
         ValueError: no such name.
-        TypeError: options beside a strategy that is made already.
+        TypeError: options that it does not have, or options beside a strategy that is made already.
     """
     if isinstance(given, Strategy):
-        return given, dict(options)
+        if options:
+            raise TypeError(f"{', '.join(options)}: give the options to the strategy, {type(given).__name__}(...)")
+        return given
     if given not in STRATEGIES:
         raise ValueError(f"strategy={given!r} does not exist; choose from {', '.join(STRATEGIES)}, or pass a Strategy")
-    names = {each.name for each in fields(STRATEGIES[given])}
-    mine = {name: value for name, value in options.items() if name in names}
-    return STRATEGIES[given](**mine), {name: value for name, value in options.items() if name not in names}
+    names = [each.name for each in fields(STRATEGIES[given])]
+    if unknown := [name for name in options if name not in names]:
+        raise TypeError(f'{", ".join(unknown)}: strategy="{given}" has no such option; it has {", ".join(names)}')
+    return STRATEGIES[given](**options)
 
 
 def best(scores: Sequence[float]) -> list[int]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,16 +15,15 @@ from diffusers import DiffusionPipeline
 from steer.apply import apply
 from steer.bind import bind
 from steer.method import Method
-from steer.plan import Plan
-from steer.statistics import mean_interval
-from steer.strategies import Settings, Space, Strategy, Trial, head_table
+from steer.samples import can_repeat, check_samples, repeated
+from steer.select import by_row, select
+from steer.strategies import Settings, Space, Strategy, Trial
+from steer.trial_record import WITHOUT, key_of, mean_of, record_of
 from steer_patches.blocks import find_blocks
 from steer_patches.family import family_of
 from steer_patches.sites import find_sites, plain
 
 Objective = Callable[[Any, Sequence[Any]], Any]
-COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")  # how pipelines call it
-WITHOUT = "without"  # the key of the target as it is
 
 
 class Trials:
@@ -63,7 +61,8 @@ class Trials:
         self.target, self.models, self.method, self.samples = target, models, method, samples
         self.objective, self.strategy, self.seed, self.budget = objective, strategy, seed, trials
         self.sites, self.space = _space(target, models, method, seed, trials)
-        self.count_argument = _count_argument(target, samples)
+        check_samples(target, samples)
+        _check_fields(method, strategy)
         self.batch = batch if batch is not None else max((site.heads for site in self.sites), default=1)
         self.scores: dict[str, torch.Tensor] = {}  # settings -> (M,) float64, not a number where not drawn yet
         self.asked: list[list[Trial]] = []
@@ -71,11 +70,14 @@ class Trials:
 
     @property
     def total(self) -> int | None:
-        """Pictures that will be drawn, as far as is known: samples times trials, and one round without the method."""
+        """Pictures that will be drawn, as far as is known: samples times trials, and one round without the method.
+
+        What was found is drawn at the end, outside of the budget, where it was not a trial itself.
+        """
         count = self.strategy.count(self.space)
         if count is None:
             return None
-        return (min(count, self.budget or count) + 1) * len(self.samples)
+        return max((min(count, self.budget or count) + 1) * len(self.samples), self.done)
 
     @property
     def done(self) -> int:
@@ -84,52 +86,70 @@ class Trials:
 
     def run(self, is_over: Callable[[], bool]) -> Iterator[None]:
         """Do all the work; comes back after every batch of pictures. What is missing once `is_over` stays undrawn."""
-        yield from self._draw([Trial({})], is_over, plain=True)
         asking = self.strategy.search(self.space)
-        scores: list[float] | None = None
+        trials = next(asking)  # before anything is drawn: what cannot be searched says so at once
+        self._check(trials)
+        if self.method.is_neutral() and all(self._with(trial.settings).is_neutral() for trial in trials):
+            raise ValueError(f"{self.method.describe()} edits nothing, so there is nothing to calibrate")
+        yield from self._draw([Trial({})], is_over, plain=True)
         while True:
-            try:
-                trials = next(asking) if scores is None else asking.send(scores)
-            except StopIteration as stop:
-                self.found = stop.value
-                return
             allowed = self._allowed(trials)
             self.asked.append(trials)
             yield from self._draw(allowed, is_over)
-            scores = [self._mean(trial) for trial in trials]
+            try:
+                trials = asking.send([mean_of(self.scores, trial) for trial in trials])
+            except StopIteration as stop:
+                self.found = stop.value
+                yield from self._draw([Trial(self.found)], is_over)  # heads chosen together may not have been a trial
+                return
+            self._check(trials)
+
+    def _check(self, trials: Sequence[Trial]) -> None:
+        """Raise where settings are not the method's, or fit no layer of the model."""
+        for trial in trials:
+            method = self._with(trial.settings)
+            if trial.head is None:  # heads come from the model's own table
+                bind(method, dict(self.models), isinstance(self.target, DiffusionPipeline))
 
     def _allowed(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those that the budget has room for; what was tried before costs nothing."""
         if self.budget is None:
             return list(trials)
-        keys = dict.fromkeys(_key(trial.settings) for asked in [*self.asked, trials] for trial in asked)
+        keys = dict.fromkeys(key_of(trial.settings) for asked in [*self.asked, trials] for trial in asked)
         within = set(list(keys)[: self.budget])
-        return [trial for trial in trials if _key(trial.settings) in within]
+        return [trial for trial in trials if key_of(trial.settings) in within]
 
     def _draw(self, trials: Sequence[Trial], is_over: Callable[[], bool], plain: bool = False) -> Iterator[None]:
         """Draw and score what is missing of these trials, chunk after chunk, so that whole trials come first."""
         for chunk in self._chunks(trials):
-            keys = [WITHOUT if plain else _key(trial.settings) for trial in chunk]
-            rows = [self.scores.setdefault(key, torch.full((len(self.samples),), math.nan).double()) for key in keys]
-            for index in range(len(self.samples)):
-                missing = [i for i, row in enumerate(rows) if bool(row[index].isnan())]
-                if not missing:
-                    continue
-                if is_over():
-                    return
-                methods = None if plain else [self._with(chunk[i].settings) for i in missing]
-                scores = self._score(methods, index, len(missing))
-                for i, score in zip(missing, scores, strict=True):
-                    if not math.isfinite(score):
-                        raise ValueError(f"the objective gave {score} for sample {index} with {keys[i]}")
-                    rows[i][index] = score
-                yield
+            wanted = {WITHOUT: None} if plain else {key_of(t.settings): self._with(t.settings) for t in chunk}
+            for index, sample in enumerate(self.samples):
+                missing = [key for key in wanted if not self._has(key, index)]
+                size = max(1, len(missing)) if can_repeat(sample) else 1
+                for keys in (missing[start : start + size] for start in range(0, len(missing), size)):
+                    if is_over():
+                        return
+                    scores = self._score([wanted[key] for key in keys], index)
+                    self._keep(keys, index, scores)
+                    yield
+
+    def _has(self, key: str, index: int) -> bool:
+        return key in self.scores and not bool(self.scores[key][index].isnan())
+
+    def _keep(self, keys: Sequence[str], index: int, scores: Sequence[float]) -> None:
+        for key, score in zip(keys, scores, strict=True):
+            if not math.isfinite(score):
+                raise ValueError(f"the objective gave {score} for sample {index} with {key}; a score must be finite")
+        for key, score in zip(keys, scores, strict=True):
+            row = self.scores.setdefault(key, torch.full((len(self.samples),), math.nan).double())
+            row[index] = score
 
     def _chunks(self, trials: Sequence[Trial]) -> Iterator[list[Trial]]:
         """Runs of different trials that may share a batch: they differ in their heads alone."""
         chunk: list[Trial] = []
-        for trial in {_key(trial.settings): trial for trial in trials}.values():
-            if chunk and not (len(chunk) < self._room() and _but_heads(chunk[0]) == _but_heads(trial)):
+        room = self._room()
+        for trial in {key_of(trial.settings): trial for trial in trials}.values():
+            if chunk and not (len(chunk) < room and _but_heads(chunk[0]) == _but_heads(trial)):
                 yield chunk
                 chunk = []
             chunk.append(trial)
@@ -137,28 +157,26 @@ class Trials:
             yield chunk
 
     def _room(self) -> int:
-        return self.batch if self.count_argument and self.method.heads_by_row else 1
+        """How many pictures with heads of their own fit into a batch."""
+        families = [family_of(plain(model)) for model in self.models.values()]
+        splits = any(family is not None and family.splits_rows for family in families)
+        able = isinstance(self.target, DiffusionPipeline) and self.method.heads_by_row and not splits
+        return self.batch if able else 1
 
     def _with(self, settings: Settings) -> Method:
         return dataclasses.replace(self.method, **settings)
 
-    def _score(self, methods: Sequence[Method] | None, index: int, count: int) -> list[float]:
+    def _score(self, methods: Sequence[Method | None], index: int) -> list[float]:
         """Draw one sample with each of the methods, in one batch; scores of the pictures."""
-        sample = self.samples[index]
-        if methods is None:
-            steered: Any = nullcontext()
-        elif count == 1:
-            steered = apply(self.target, methods[0])
-        else:
-            heads: Any = [method.heads for method in methods]
-            steered = apply(self.target, dataclasses.replace(methods[0], heads=heads))
-        with steered:
-            pictures, prompts = self._run(sample, self.seed + index, count)
-        scores = self.objective(pictures, prompts)
-        found = torch.as_tensor(scores).detach().double().flatten().tolist()
-        if len(found) != count:
-            raise ValueError(f"the objective gave {len(found)} scores for {count} pictures; it must give one for each")
-        return found
+        first, count = methods[0], len(methods)
+        with ExitStack() as steered:
+            if first is not None:
+                heads: Any = [method.heads for method in methods if method is not None]
+                steered.enter_context(
+                    apply(self.target, first if count == 1 else dataclasses.replace(first, heads=heads))
+                )
+            pictures, prompts = self._run(self.samples[index], self.seed + index, count)
+        return _scores(self.objective(pictures, prompts), count)
 
     def _run(self, sample: Mapping[str, Any], seed: int, count: int) -> tuple[Any, list[Any]]:
         """What the objective sees of a sample that is drawn `count` times."""
@@ -166,17 +184,17 @@ class Trials:
             with torch.no_grad():
                 return [self.target(**copy.deepcopy(dict(sample)))], [sample]
         generators = [torch.Generator().manual_seed(seed) for _ in range(count)]
-        arguments = {"output_type": "pt", "generator": generators[0], **sample}
-        if count > 1 and self.count_argument:
-            arguments |= {"generator": generators, self.count_argument: count}
-        pictures = self.target(**arguments)[0]
+        if count == 1:
+            pictures = self.target(**{"output_type": "pt", "generator": generators[0], **sample})[0]
+        else:
+            pictures = self.target(**{"output_type": "pt", "generator": generators, **repeated(sample, count)})[0]
+        if len(pictures) != count:
+            raise ValueError(
+                f"the pipeline drew {len(pictures)} pictures where {count} were due; a sample is one picture"
+            )
         if isinstance(pictures, torch.Tensor):
-            pictures = pictures.detach().float()
+            pictures = pictures.detach().to(torch.promote_types(pictures.dtype, torch.float32))
         return pictures, [sample.get("prompt")] * count
-
-    def _mean(self, trial: Trial) -> float:
-        row = self.scores.get(_key(trial.settings))
-        return math.nan if row is None or bool(row.isnan().any()) else float(row.mean())
 
     def state(self) -> dict[str, Any]:
         return {"keys": list(self.scores), "scores": torch.stack(list(self.scores.values()))}
@@ -198,63 +216,14 @@ class Trials:
         Raises:
             ValueError: the budget was over before any trial was whole.
         """
-        if self.found is None or not any(not math.isnan(self._mean(t)) for asked in self.asked for t in asked):
+        whole = [t for asked in self.asked for t in asked if not math.isnan(mean_of(self.scores, t))]
+        if self.found is None or not whole:
             raise ValueError(
                 "the budget was over before one trial had drawn every sample: give more seconds, or fewer samples"
             )
         fitted = self._with(self.found)
-        fitted.__dict__["_record"] = self._record()
+        fitted.__dict__["_record"] = record_of(self.sites, self.asked, self.scores, self.found)
         return fitted
-
-    def _record(self) -> Plan:
-        """All scores, a table of layers and heads for each round of single heads, and the figures."""
-        sites = tuple(site.name for site in self.sites)
-        width = max((site.heads for site in self.sites), default=0)
-        plain, found = self.scores[WITHOUT], self.found or {}
-        tables: dict[str, torch.Tensor] = {}
-        for trials in self.asked:
-            single = {t.head: self._mean(t) - float(plain.mean()) for t in trials if t.head is not None}
-            if single:
-                tables[f"gain_{len(tables) + 1}"] = head_table(single, sites, width)
-        if isinstance(found.get("heads"), Mapping) and sites:
-            chosen = {(site, head): 1.0 for site, heads in found["heads"].items() for head in heads}
-            tables["chosen"] = head_table(chosen, sites, width).nan_to_num(0.0).to(torch.int8)
-        tables["scores"] = torch.stack(list(self.scores.values()))
-        trials = [trial for asked in self.asked for trial in asked]
-        whole = {_key(t.settings): t for t in trials if not math.isnan(self._mean(t))}
-        rows = [self._row(key, t, number) for number, (key, t) in enumerate(whole.items())]
-        return Plan(
-            sites=sites,
-            heads=width,
-            tensors=tables,
-            report={
-                "names": {"chosen": ["left alone", "chosen"]},
-                "keys": list(self.scores),
-                "trials": sorted(rows, key=lambda row: -row["score"]),
-                "figures": {
-                    "score without": float(plain.mean()),
-                    "trials": len(whole),
-                    "trials asked for": len({_key(trial.settings) for trial in trials}),
-                    "pictures drawn": self.done,
-                },
-            },
-        )
-
-    def _row(self, key: str, trial: Trial, number: int) -> dict[str, Any]:
-        """One trial for the report: its score, and its gain over the target as it is, sample by sample."""
-        scores = self.scores[key]
-        gain, (low, high) = mean_interval(scores - self.scores[WITHOUT])
-        head = None if trial.head is None else list(trial.head)
-        return {"number": number, "settings": key, "head": head, "score": float(scores.mean())} | {
-            "gain": gain,
-            "low": low,
-            "high": high,
-        }
-
-
-def _key(settings: Settings) -> str:
-    """The settings as text, which tells trials apart."""
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 def _but_heads(trial: Trial) -> Any:
@@ -265,6 +234,27 @@ def _but_heads(trial: Trial) -> Any:
     return {name: value for name, value in settings.items() if name != "heads"}
 
 
+def _scores(given: Any, count: int) -> list[float]:
+    """What an objective returned, as numbers."""
+    try:
+        found = torch.as_tensor(given).detach().double().flatten().tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the objective returned a {type(given).__name__}; it must return one score for each picture"
+        ) from error
+    if len(found) != count:
+        raise ValueError(f"the objective gave {len(found)} scores for {count} pictures; it must give one for each")
+    return found
+
+
+def _check_fields(method: Method, strategy: Strategy) -> None:
+    """Raise where a strategy's `space` names a field that the method does not have."""
+    known = [field.name for field in dataclasses.fields(method) if field.init]
+    wrong = [name for name in getattr(strategy, "space", None) or () if name not in known]
+    if wrong:
+        raise TypeError(f"space={wrong}: {type(method).__name__} has no such field; it has {', '.join(known)}")
+
+
 def _space(
     target: Any, models: Mapping[str, torch.nn.Module], method: Method, seed: int, trials: int | None
 ) -> tuple[list[Any], Space]:
@@ -273,13 +263,16 @@ def _space(
     model = plain(next(iter(models.values())))
     if getattr(method, "skips_blocks", False):
         blocks = [block.name for block in find_blocks(model, family_of(model)) if block.stage.returns]
-        return [], Space(tuple(blocks), (), seed, trials)
+        names = blocks if method.layers is None else select(method.layers, blocks, "blocks")
+        return [], Space(tuple(names), (), seed, trials)
+    if by_row(method.heads):
+        raise ValueError("heads has a mapping for each picture; a search starts from one choice of heads, or None")
     able = [site for site in find_sites(model) if site.kind in method.kinds and site.ports]
     widest = method
     if method.layers is None and method.heads is None:
         widest = dataclasses.replace(method, layers=[site.name for site in able])
     bindings = bind(widest, dict(models), has_clock)
-    if not bindings or method.is_neutral():
+    if not bindings:
         raise ValueError(f"{method.describe()} edits nothing, so there is nothing to calibrate")
     masks = bindings[0].sites
     sites = [site for site in able if site.name in masks]
@@ -290,21 +283,3 @@ def _space(
         if masks[site.name] is None or bool(masks[site.name][head])  # type: ignore[index]
     ]
     return sites, Space(tuple(site.name for site in sites), tuple(heads), seed, trials)
-
-
-def _count_argument(target: Any, samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """The pipeline's argument that draws a prompt several times; None where it has none.
-
-    Raises:
-        TypeError: a sample that holds several prompts, or sets that argument.
-    """
-    if not isinstance(target, DiffusionPipeline):
-        return None
-    known = inspect.signature(type(target).__call__).parameters
-    argument = next((name for name in COUNTS if name in known), None)
-    for sample in samples:
-        if argument in sample:
-            raise TypeError(f"data must leave out {argument}: calibrate sets it")
-        if isinstance(sample.get("prompt"), (list, tuple)):
-            raise TypeError("a sample is one prompt; give a list of prompts as a list of samples")
-    return argument

@@ -217,7 +217,7 @@ def test_bad_calls_say_what_to_do_and_change_nothing() -> None:
     before, data = snapshot(pipe), samples(pipe, count=1)  # nothing runs
     model = FAMILIES["wan21"].build()
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (TypeError, r"PAG has no search of its own; .*SparseVDiT.* Give objective=",
+        (TypeError, r"PAG has no search of its own; .*SparseVDiT.* give objective=",
          lambda: steer.calibrate(pipe, steer.PAG(), data)),
         (TypeError, "unexpected keyword argument 'epsilom'", lambda: fit(pipe, data, epsilom=1)),
         (TypeError, r"pass a list of samples", lambda: steer.calibrate(pipe, SparseVDiT(), "a fox")),
