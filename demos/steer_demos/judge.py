@@ -120,15 +120,15 @@ class Judge:
         self.styles = self.renders.shape[1]
 
     @classmethod
-    def load(cls) -> "Judge":
-        """The cached classifier, trained first if there is none."""
+    def load(cls, seed: int = 0) -> "Judge":
+        """The cached classifier, trained first if there is none; another seed is another judge of the same pictures."""
         data = hashlib.sha256(render_all().tobytes()).hexdigest()[:12]
-        path = cache_dir() / f"emoji-classifier-{RECIPE}-{data}.pt"
+        path = cache_dir() / f"emoji-classifier-{RECIPE}-{data}{f'-seed{seed}' if seed else ''}.pt"
         if path.exists():
             classifier = Classifier().eval()
             classifier.load_state_dict(torch.load(path, weights_only=True))
         else:
-            classifier = train_classifier(Classifier, augmented_renders, STEPS, "training the classifier")
+            classifier = train_classifier(Classifier, augmented_renders, STEPS, "training the classifier", seed)
             torch.save(classifier.state_dict(), path)
         return cls(classifier)
 
