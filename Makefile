@@ -39,6 +39,7 @@ gpu: $(VENV)/.test $(VENV)/.smollm2  ## on a machine with a CUDA device: the GPU
 	$(BIN)/steer reproduce --every --output benchmarks/reproduce-cuda.json
 	$(BIN)/steer bench act --model smollm2-135m-instruct --output benchmarks/act-cuda.json
 	$(BIN)/steer bench vlm --model emoji-vlm --output benchmarks/vlm-cuda.json
+	$(BIN)/steer bench trials --model emoji-mmdit --output benchmarks/trials-cuda.json
 
 lint: $(VENV)/.dev  ## check style, format and types
 	$(BIN)/ruff check .

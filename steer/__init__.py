@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import steer.methods  # noqa: F401  (its files register themselves; the name then goes to the function below)
+from steer import objectives, strategies
 from steer.apply import apply, remove, sites
 from steer.artifact import load
 from steer.bind import CompositionError
@@ -61,8 +62,10 @@ __all__ = [
     "doctor",
     "load",
     "methods",
+    "objectives",
     "presets",
     "remove",
     "simulate",
     "sites",
+    "strategies",
 ]

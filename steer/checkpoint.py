@@ -7,8 +7,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, Protocol
 
 import numpy as np
@@ -97,6 +98,7 @@ def about(
         "method": type(method).__name__,
         "settings": {field.name: _shown(getattr(method, field.name)) for field in dataclasses.fields(method)},
         "options": {name: _shown(value) for name, value in options.items()},
+        "code": digest([_code_of(each) for value in options.values() for each in _functions_in(value)]),
         "seed": seed,
         "samples": len(samples),
         "data": {str(i): digest(sample) for i, sample in enumerate(samples)},
@@ -124,10 +126,30 @@ def _shown(value: Any) -> Any:
         return f"{_shown(value.func)}({', '.join(given)})"
     if callable(value):
         return getattr(value, "__qualname__", None) or type(value).__qualname__
+    if isinstance(value, (str, Path)) and Path(value).is_absolute():
+        return Path(value).name  # folders of this machine are nobody's business
     try:
         return to_json("option", value)
     except TypeError:
         return digest(value)
+
+
+def _functions_in(value: Any) -> Iterator[FunctionType]:
+    """Functions that an option is or holds."""
+    if isinstance(value, FunctionType):
+        yield value
+    elif isinstance(value, functools.partial):
+        yield from _functions_in(value.func)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _functions_in(getattr(value, field.name))
+
+
+def _code_of(function: FunctionType | CodeType) -> list[Any]:
+    """What a function does, so that another one of the same name is another search; of a closure, not its values."""
+    code = function.__code__ if isinstance(function, FunctionType) else function
+    inner = [_code_of(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), inner]
 
 
 def digest_of_weights(model: torch.nn.Module, values: int = 16) -> str:

@@ -76,7 +76,9 @@ def _search(method: Method) -> Rows:
     report = method.record.report
     rows = [(name, str(value)) for name, value in report.get("options", {}).items()]
     rows += [("samples", str(report["samples"]))] if "samples" in report else []
-    rows += [("digests of the samples", ", ".join(report["data"].values()))] if report.get("data") else []
+    digests = list(report.get("data", {}).values())
+    more = f" and {len(digests) - 6} more" if len(digests) > 6 else ""
+    rows += [("digests of the samples", ", ".join(digests[:6]) + more)] if digests else []
     rows += [("seed", f"{report['seed']}; sample i is drawn with seed + i")] if "seed" in report else []
     versions = report.get("versions") or installed()
     rows += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version))]

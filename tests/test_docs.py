@@ -67,6 +67,19 @@ def test_the_code_of_the_kernels_page_runs(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "patterns.png").stat().st_size > 10_000
 
 
+def test_the_code_of_the_calibration_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block with fewer steps, and the block with heads for each picture."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(blocks[0].replace('steps": 8', 'steps": 2'), "docs/calibration.md", "exec"), names)
+    assert {path.name for path in (tmp_path / "colourful").iterdir()} == {"steer.json", "steer.safetensors"}
+    by_row = next(block for block in blocks if "num_images_per_prompt" in block)
+    exec(compile(by_row, "docs/calibration.md", "exec"), names)
+    assert len(names["pictures"]) == 2  # type: ignore[arg-type]
+
+
 RUN_EXAMPLE = """
 import torch, steer
 from diffusers import SD3Transformer2DModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -615,3 +616,34 @@ def test_what_a_search_finds_is_saved_with_its_record(tmp_path: Path) -> None:
     loaded: Any = steer.load(tmp_path / "swept")
     assert record_of(loaded).report == record_of(swept).report and loaded.steps == swept.steps
     assert torch.equal(loaded.plan.tensors["mode"], planned.plan.tensors["mode"])
+
+
+def test_another_function_of_the_same_name_is_another_search(tmp_path: Path) -> None:
+    def score_of(sign: int) -> Any:
+        if sign > 0:
+            return lambda pictures, prompts: pictures.mean((1, 2, 3))
+        return lambda pictures, prompts: -pictures.mean((1, 2, 3))
+
+    pipe = exact("sd3")
+    options: dict[str, Any] = {"trials": 1, "checkpoint": tmp_path, "progress": False}
+    data = samples("sd3", pipe, 1)
+    steer.calibrate(pipe, steer.PAG(mode="all"), data, objective=score_of(1), **options)
+    steer.calibrate(pipe, steer.PAG(mode="all"), data, objective=score_of(1), **options)  # made anew, and the same
+    with pytest.raises(ValueError, match="is of another search, which differs in code"):
+        steer.calibrate(pipe, steer.PAG(mode="all"), data, objective=score_of(-1), **options)
+
+
+def test_no_folder_of_this_machine_is_recorded(tmp_path: Path) -> None:
+    pipe, objective = exact("sd3"), FromFolder(str(tmp_path))
+    data = samples("sd3", pipe, 1)
+    fitted = steer.calibrate(pipe, PAG(mode="all"), data, objective=objective, trials=1, progress=False)
+    assert fitted.record is not None
+    assert str(tmp_path) not in json.dumps(dict(fitted.record.report)) and tmp_path.name in str(fitted.record.report)
+
+
+@dataclass(frozen=True)
+class FromFolder:
+    folder: str
+
+    def __call__(self, pictures: torch.Tensor, prompts: Sequence[Any]) -> torch.Tensor:
+        return pictures.mean((1, 2, 3))
