@@ -20,6 +20,12 @@ they do not name one. All conditions draw the same prompts and seeds: difference
 classifier of another seed than the one that the search asked, and listed whatever their sign. Scales w/2 and 2w are a
 second table, not a choice.
 
+A third study was added once the first two had been seen, with held-out seeds of its own. In the first, three heads that
+each gained alone lost together, and on held-out prompts more so. Hence
+
+- stepwise: objective `Concept`, three rounds of one head each, so that each is tried beside those chosen before, on
+  40 samples: the same 20 prompts from two seeds each. Nothing else differs; there is no second table.
+
 Source of the search: Ahn et al., arXiv 2506.10978.
 """
 
@@ -68,6 +74,7 @@ from steer_demos.objectives import Concept, Style, judge, log_probabilities, sty
 
 PROMPTS = 100
 HELD_OUT_SEED = 20_000  # of the first held-out picture; searches draw from seed 0
+LATER_SEED = 30_000  # the same of the study that was added
 SEARCH_SEED, SECOND_JUDGE = 0, 1
 STEPS, SCALE, STRENGTH = 20, 3.0, 0.5
 CHOSEN = 3  # heads
@@ -89,6 +96,8 @@ class Study:
         rounds: of HeadHunter.
         top: heads that each round adds.
         prompts: the held-out prompts; `style` is what is judged, also where the text does not name it.
+        first_seed: of the held-out pictures.
+        factors: of the scale, in the second table.
     """
 
     name: str
@@ -97,10 +106,12 @@ class Study:
     rounds: int
     top: int
     prompts: list[Prompt]
+    first_seed: int = HELD_OUT_SEED
+    factors: tuple[float, ...] = FACTORS
 
 
 def studies(prompts: int = PROMPTS, quality: int = 20, style: int = 8) -> list[Study]:
-    """The two studies, with so many held-out prompts, and so many prompts in the searches."""
+    """The three studies, with so many held-out prompts, and so many prompts in the searches."""
     searched = random.Random(2026).sample(list(concepts()), quality)
     data = [caption(concept, article=True) for concept in searched]
     held_out = [p for p in evaluation_prompts(2 * prompts + len(concepts())) if p.concept not in searched][:prompts]
@@ -110,6 +121,7 @@ def studies(prompts: int = PROMPTS, quality: int = 20, style: int = 8) -> list[S
     return [
         Study("quality", Concept(), data, 1, CHOSEN, held_out),
         Study("style", Style(STYLE), data[:style], CHOSEN, 1, unnamed),
+        Study("stepwise", Concept(), data * 2, CHOSEN, 1, held_out, LATER_SEED, ()),
     ]
 
 
@@ -160,7 +172,9 @@ def _place(folder: Path, study: Study, name: str) -> Path:
     return folder / study.name / name.lower().replace(" ", "-")
 
 
-def conditions(found: Mapping[str, Method], heads: Sequence[Head]) -> list[Condition]:
+def conditions(
+    found: Mapping[str, Method], heads: Sequence[Head], factors: Sequence[float] = FACTORS
+) -> list[Condition]:
     """Everything that draws the held-out prompts: first at the scale of the search, then at the others."""
     hunter = found[FOUND]
     chance = random.Random(SEARCH_SEED)
@@ -179,7 +193,7 @@ def conditions(found: Mapping[str, Method], heads: Sequence[Head]) -> list[Condi
         Condition(f"{CFG} + {FOUND}", hunter, 3.0),
         *(
             Condition(_at(factor, name), _with_scale(method, factor * SCALE))
-            for factor in FACTORS
+            for factor in factors
             for name, method in guided.items()
         ),
     ]
@@ -318,10 +332,10 @@ def real(judge: Judge, prompts: Sequence[Prompt]) -> Tensor:
     return judge.render(concept, style, judge.colours[colour])
 
 
-def compare(measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+def compare(measured: Mapping[str, Measured], factors: Sequence[float] = FACTORS) -> list[dict[str, Any]]:
     """The heads that were found against everything else at the same scale, and beside classifier-free guidance."""
     pairs = [(f"{CFG} + {FOUND}", CFG), (FOUND, CFG)]
-    for factor in (1.0, *FACTORS):
+    for factor in (1.0, *factors):
         others = (f"{RANDOM}, mean", BY_LAYER, SOFT_BY_LAYER, WORST)
         pairs += [(_at(factor, FOUND), _at(factor, other)) for other in others]
     return [{"of": one, "less": less, "figures": figures(measured[one], measured[less])} for one, less in pairs]
@@ -343,7 +357,7 @@ def report_of(
     """
     second = judge(SECOND_JUDGE)
     measured = {name: measure(second, pictures, study.prompts) for name, (pictures, _) in drawn.items()}
-    for factor in (1.0, *FACTORS):
+    for factor in (1.0, *study.factors):
         draws = [measured[_at(factor, f"{RANDOM} {number}")] for number in range(1, DRAWS + 1)]
         measured[_at(factor, f"{RANDOM}, mean")] = mean_of(draws)
     described = {way.name: way for way in ways}
@@ -366,7 +380,7 @@ def report_of(
         "search": {name: searched(method, _place(folder, study, name)) for name, method in found.items()},
         "held_out": len(study.prompts),
         "conditions": rows,
-        "comparisons": compare(measured),
+        "comparisons": compare(measured, study.factors),
         "real renders": figures(measure(second, real(second, study.prompts), study.prompts)),
     }
 
@@ -470,9 +484,9 @@ def evaluate_command(
         found = search(pipe, study, call, folder)
         record = found[FOUND].record
         assert record is not None
-        ways = conditions(found, [(site, head) for site in record.sites for head in range(record.heads)])
+        ways = conditions(found, [(site, head) for site in record.sites for head in range(record.heads)], study.factors)
         main, place = [way for way in ways if ", w = " not in way.name], folder / study.name / "drawn"
-        drawn = draw(pipe, [prompt.text for prompt in study.prompts], HELD_OUT_SEED, ways, steps, place)
+        drawn = draw(pipe, [prompt.text for prompt in study.prompts], study.first_seed, ways, steps, place)
         searched_on = draw(pipe, study.data, SEARCH_SEED, main, steps, place)
         written[study.name] = report_of(study, found, ways, drawn, searched_on, folder)
         columns = {way.name: drawn[way.name][0] for way in main}
@@ -480,7 +494,8 @@ def evaluate_command(
         contact_sheet(columns, study.prompts[:SHEET_ROWS]).save(sheet, optimize=True)
     report = {
         "model": Path(model).name,
-        "settings": {**call, "scale": SCALE, "first_seed": HELD_OUT_SEED, "search_seed": SEARCH_SEED},
+        "settings": {**call, "scale": SCALE, "search_seed": SEARCH_SEED}
+        | {"first_seed": {study.name: study.first_seed for study in chosen}},
         "versions": installed(),
         "measured_on": f"{pipe.device.type}, {platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}",

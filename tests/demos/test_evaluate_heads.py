@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import tomllib
@@ -32,6 +33,7 @@ from steer_demos.evaluate_heads import (
     NONE,
     RANDOM,
     SCALE,
+    SEARCH_SEED,
     STYLE,
     WORST,
     Condition,
@@ -174,7 +176,7 @@ def test_the_seed_decides_the_judge_which_is_trained_once(monkeypatch: pytest.Mo
 
 def test_what_is_held_out_occurs_in_no_search() -> None:
     assert studies() == studies()
-    quality, style = studies()
+    quality, style, stepwise = studies()
     assert len(quality.data) == 20 and style.data == quality.data[:8]
     assert len(quality.prompts) == len(style.prompts) == 100
     assert all(prompt.style is None and prompt.background is None for prompt in map(asked, quality.data))
@@ -182,9 +184,11 @@ def test_what_is_held_out_occurs_in_no_search() -> None:
     assert not searched & {prompt.concept for prompt in quality.prompts + style.prompts}
     assert all(asked(prompt.text).style is None and prompt.style == STYLE for prompt in style.prompts)
     assert all(asked(prompt.text) == prompt for prompt in quality.prompts)
-    for study in (quality, style):
+    assert stepwise.data == quality.data * 2 and stepwise.prompts == quality.prompts
+    for study in (quality, style, stepwise):
         assert study.rounds * study.top == CHOSEN
-    assert evaluate_heads.SEARCH_SEED + len(quality.data) <= evaluate_heads.HELD_OUT_SEED
+    spans = [(SEARCH_SEED, len(stepwise.data)), *((s.first_seed, len(s.prompts)) for s in (quality, stepwise))]
+    assert all(first + size <= later for (first, size), (later, _) in itertools.pairwise(spans))
 
 
 def test_every_choice_of_heads_is_of_one_size_and_no_condition_is_drawn_twice() -> None:
@@ -307,7 +311,8 @@ def test_the_command_searches_judges_writes_and_resumes(tmp_path: Path) -> None:
     assert ran.exit_code == 0 and "HeadHunter" in ran.output
     report = json.loads((tmp_path / "heads.json").read_text())
     for name, study in report["studies"].items():
-        assert study["held_out"] == 4 and len(study["conditions"]) == 2 + 7 * 3 + 1 + 3
+        scales = 1 if name == "stepwise" else 3
+        assert study["held_out"] == 4 and len(study["conditions"]) == 3 + 8 * scales
         assert study["search"][FOUND]["pictures drawn"] >= 37 * 2 and study["search"][FOUND]["seconds"] > 0
         with Image.open(tmp_path / name / "contact-sheet.png") as sheet:
             assert sheet.mode == "P"
