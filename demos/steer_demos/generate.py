@@ -91,6 +91,9 @@ def generate(
     scale: Annotated[float, typer.Option(help="Scale of PAG and SoftPAG.")] = 2.0,
     strength: Annotated[float, typer.Option(help="Strength of SoftPAG, 0 to 1.")] = 0.5,
     layers: Annotated[str | None, typer.Option(help="Layers to perturb; default: the model's or the method's.")] = None,
+    artifact: Annotated[
+        list[str] | None, typer.Option(help="Instead with a saved method: its folder or hub id; may be repeated.")
+    ] = None,
     baseline_only: Annotated[bool, typer.Option("--baseline-only", help="Draw without steering only.")] = False,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 3.0,
@@ -100,7 +103,7 @@ def generate(
     frames: Annotated[int | None, typer.Option(help="Frames of a clip; default: the model's.")] = None,
     output: Annotated[Path | None, typer.Option(help="Default: steer-generate.png, .gif for clips.")] = None,
 ) -> None:
-    """Draw prompts without steering, with PAG and with SoftPAG, as one picture or animation."""
+    """Draw prompts without steering beside PAG and SoftPAG, or beside saved methods, as one picture or animation."""
     pipe = models.load_pipeline(model)
     clips = models.draws_clips(pipe)
     prompts = prompts or (CLIP_PROMPTS if clips else PICTURE_PROMPTS)
@@ -113,7 +116,9 @@ def generate(
     options = models.call_options(model) | {name: value for name, value in given.items() if value is not None}
     layers = layers or models.guided_layers(model)
     methods: dict[str, Method | None] = {"baseline": None}
-    if not baseline_only:
+    if artifact:
+        methods |= {source.rstrip("/").rpartition("/")[2]: steer.load(source) for source in artifact}
+    elif not baseline_only:
         methods[f"PAG {scale:g}"] = steer.PAG(scale=scale, layers=layers)
         methods[f"SoftPAG {scale:g}"] = steer.PAG(scale=scale, layers=layers, mode="all", strength=strength)
     for method in methods.values():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,3 +323,30 @@ def test_the_command_searches_judges_writes_and_resumes(tmp_path: Path) -> None:
         patch.delattr(evaluate_heads, "generate_pictures")
         CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert json.loads((tmp_path / "heads.json").read_text()) == report
+
+
+def documented_row(name: str, row: dict[str, Any]) -> str:
+    """One row of the tables of docs/benchmarks.md."""
+    values, less = row["figures"], row.get("difference from none", {})
+
+    def percent(measure: str) -> str:
+        return f"{100 * values[measure]['mean']:.0f} %" if measure in values else "–"
+
+    def number(measure: str) -> str:
+        shown = f"{values[measure]['mean']:.2f}"
+        if measure not in less:
+            return shown
+        gain = less[measure]
+        return f"{shown} ({gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}])"
+
+    cells = [percent("right concept"), number("log-probability"), percent("right style"), number("style margin")]
+    return f"| {name} | {' | '.join([*cells, number('Frechet distance')])} |"
+
+
+@pytest.mark.parametrize("study", ["quality", "style", "stepwise"])
+def test_documented_figures_are_those_of_the_run(study: str) -> None:
+    root = Path(__file__).resolve().parents[2]
+    found = json.loads((root / "benchmarks/heads-emoji.json").read_text(encoding="utf-8"))["studies"][study]
+    page = (root / "docs/benchmarks.md").read_text(encoding="utf-8")
+    rows = [documented_row(name, row) for name, row in found["conditions"].items() if ", w = " not in name]
+    assert len(rows) == 11 and not [row for row in rows if row not in page]

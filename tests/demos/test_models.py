@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, WanPipeline
 from PIL import Image
 from tiny import build, make_llama
 from torch import nn
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
 import steer
 from steer_demos import models
 from steer_demos.evaluate_vlm import load_llava
-from steer_demos.generate import draw_column, labelled_grid
+from steer_demos.generate import draw_column, generate, labelled_grid
 from steer_demos.models import EMBEDDED, WEIGHTS, call_options, guided_layers, measure_loading
 
 ROOT = Path(__file__).parents[2]
@@ -193,3 +195,25 @@ def test_the_grid_has_a_column_each(pipe) -> None:
     one = labelled_grid({"baseline": [picture]}, ["a star"])
     two = labelled_grid({"baseline": [picture], "PAG": [picture]}, ["a star"])
     assert two.width > one.width and two.height == one.height
+
+
+def test_generate_draws_saved_methods(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A searched one beside the baseline, equal to what it draws by itself; a wrong model is refused."""
+    monkeypatch.chdir(tmp_path)
+    data = [{"prompt": "a star", "num_inference_steps": 1, "guidance_scale": 1.0, **call_options("emoji-mmdit")}]
+    objective = steer.objectives.brightness
+    found = steer.calibrate(pipe, steer.PAG(mode="all"), data, objective=objective, trials=2, progress=False)
+    found.save("bright")
+    app = typer.Typer()
+    app.command()(generate)
+    arguments = ["a star", "--steps", "2", "--artifact", str(tmp_path / "bright"), "--output", "out.png"]
+    ran = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert ran.exit_code == 0 and "bright: " in ran.output and "PAG" not in ran.output
+    columns = {
+        title: [picture[0] for picture in draw_column(pipe, method, ["a star"], 2, 3.0, 0, call_options("emoji-mmdit"))]
+        for title, method in {"baseline": None, "bright": found}.items()
+    }
+    with Image.open("out.png") as drawn:
+        assert np.array_equal(np.asarray(drawn), np.asarray(labelled_grid(columns, ["a star"])))
+    with pytest.raises(steer.FingerprintError, match=r"made for a pipeline with transformer \(SD3Transformer2DModel\)"):
+        CliRunner().invoke(app, [*arguments, "--model", "emoji-unet"], catch_exceptions=False)
