@@ -45,8 +45,9 @@ def calibrate(
     """A copy of `method` that is fitted to `target` on `data`; no weights change, and no gradients are needed.
 
     With an objective, settings of the method are tried: `strategy` says which, every trial draws all samples from the
-    same seeds, and the settings with the highest mean score win. Without one the method has a search of its own that
-    looks at the model while the data runs (`SparseVDiT`, `ACT`, `MoA`, ...).
+    same seeds, and higher mean scores win. Of the strategies here all return the best trial but HeadHunter, which
+    returns the heads that it chose together. Without an objective the method has a search of its own that looks at the
+    model while the data runs (`SparseVDiT`, `ACT`, `MoA`, ...).
 
     Args:
         target: a pipeline or a model, which stays as it is.
@@ -75,14 +76,19 @@ def calibrate(
         was tried.
 
     Raises:
-        TypeError: a method with nothing to calibrate, data of the wrong kind, or an option that does not exist.
+        TypeError: no method, one with nothing to calibrate, data of the wrong kind, or an option that does not exist.
+        NotADirectoryError: `checkpoint` or `report` is a file.
         ValueError: no data, a target that is steered or compiled, a budget too small for one trial, an objective that
             gives no finite score, or a checkpoint of another search.
     """
     if report is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("report= draws with matplotlib: pip install 'steer-attention[plot]'")
+    if not isinstance(method, Method):
+        raise TypeError(f"{method!r} is no method; pass one, e.g. steer.PAG()")
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds={seconds} must be above 0")
+    for name, folder in (("checkpoint", checkpoint), ("report", report)):
+        check_folder(name, folder)
     models = models_of(target)
     _check_plain(models)
     samples = _samples(target, data)
@@ -118,6 +124,16 @@ def calibrate(
 
         write(fitted, Path(report))
     return fitted
+
+
+def check_folder(name: str, folder: str | Path | None) -> None:
+    """Raise where a folder to write is a file, before a long search rather than after it.
+
+    Raises:
+        NotADirectoryError: it is.
+    """
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise NotADirectoryError(f"{name}={folder} is a file; name a folder, which is made if need be")
 
 
 class Work(Protocol):

@@ -53,7 +53,7 @@ def draw_round(found: Findings, number: int, file: Path) -> None:
     axes.set(xlabel="head", ylabel="layer")
     beside = "every head alone" if number == 1 else "every other head beside those chosen"
     _title(figure, found, f"round {number} of {max(found.rounds)}: {beside}")
-    figure.colorbar(image, ax=axes, label=f"gain in {found.objective} over no method")
+    figure.colorbar(image, ax=axes, label="gain over no method")
     figure.supxlabel("outlined: chosen, numbered in order; grey: chosen before, or not tried", fontsize=8)
     _write(figure, file)
 
@@ -80,7 +80,7 @@ def draw_sweeps(found: Findings, file: Path) -> None:
         axes.set_ylabel(field)
         if others:
             axes.set_title(f"beside {others}", fontsize=8, loc="left")
-    panels[-1, 0].set_xlabel(f"gain in {found.objective} over no method; lines: 95 % intervals")
+    panels[-1, 0].set_xlabel("gain over no method; lines: 95 % intervals")
     _title(figure, found, "one field after another")
     _write(figure, file)
 
@@ -93,7 +93,7 @@ def draw_best(found: Findings, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 1.6 + 0.28 * len(rows)), layout="constrained")
     labels = [found.label(row) for row in rows]
     _dots(axes, [label if len(label) <= 48 else label[:47] + "…" for label in labels], rows)
-    axes.set_xlabel(f"gain in {found.objective} over no method; lines: 95 % intervals")
+    axes.set_xlabel("gain over no method; lines: 95 % intervals")
     _title(figure, found, f"the best {len(rows)} of {len(found.trials)} trials")
     _write(figure, file)
 

@@ -13,7 +13,7 @@ from steer.calibration_plots import draw_best, draw_progress, draw_round, draw_s
 from steer.findings import Findings, findings_of, python_line
 from steer.method import Method
 from steer.plan import Plan
-from steer.provenance import OPTIMISM, best_trials, sections
+from steer.provenance import best_trials, gain_of, notes, sections
 
 SHOWN = 20  # trials in the table
 
@@ -43,13 +43,7 @@ def write(fitted: Method, folder: Path) -> None:
 def _of_trials(found: Findings, folder: Path) -> list[str]:
     line = python_line(found.method) or "Its settings are too large for a line: keep it with `save`, see `steer.load`."
     parts = [f"# {type(found.method).__name__} fitted to {found.objective}", "## Found", f"```python\n{line}\n```"]
-    parts += [_markdown(["", ""], _score_rows(found)), OPTIMISM]
-    if found.is_cut:
-        figures = found.report["figures"]
-        parts += [
-            f"The budget was over after {figures['trials']} of the {figures['trials asked for']} trials that the "
-            "strategy asked for; what was found is the best of those."
-        ]
+    parts += [_markdown(["", ""], _score_rows(found)), *notes(found.method)]
     if found.chosen:
         parts += [_chosen(found)]
     parts += ["## Asked", _markdown(["", ""], _asked_rows(found)), "## Tried", *_pictures(found, folder)]
@@ -63,9 +57,9 @@ def _score_rows(found: Findings) -> list[list[str]]:
     if scored is None:
         rows += [["with", "not drawn: the budget was over"]]
     else:
-        paired = f" [{scored.low:+.4g}, {scored.high:+.4g}], 95 % interval of {found.samples} differences"
-        gain = f"{scored.gain:+.4g}" + (paired if found.samples > 1 else ", without an interval: one sample")
-        rows += [["with", _short(scored.score)], ["gain", gain]]
+        gain = gain_of(scored.gain, scored.low, scored.high, found.samples)
+        paired = f"95 % interval of {found.samples} differences" if found.samples > 1 else "no interval of one sample"
+        rows += [["with", _short(scored.score)], ["gain", f"{gain}, {paired}"]]
     if (checked := found.cross_checked) is not None:
         rows += [["cross-checked gain", f"{checked:+.4g}: of the trial that is best on the other samples, on each"]]
     return rows

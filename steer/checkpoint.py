@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -119,8 +120,8 @@ def _shown(value: Any) -> Any:
     if _is_tensor(value) or isinstance(value, Plan):
         return digest(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        shown = {field.name: _shown(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return f"{type(value).__name__}({', '.join(f'{name}={each!r}' for name, each in shown.items())})"
+        parts = (f"{field.name}={_written(getattr(value, field.name))}" for field in dataclasses.fields(value))
+        return f"{type(value).__name__}({', '.join(parts)})"
     if isinstance(value, functools.partial):
         given = [*map(repr, value.args), *(f"{name}={each!r}" for name, each in value.keywords.items())]
         return f"{_shown(value.func)}({', '.join(given)})"
@@ -134,10 +135,19 @@ def _shown(value: Any) -> Any:
         return digest(value)
 
 
+def _written(value: Any) -> str:
+    """A field as Python writes it, rather than as the file keeps it: (1.0, 6.0), not {"tuple": [1.0, 6.0]}."""
+    try:
+        to_json("field", value)
+    except TypeError:
+        return repr(_shown(value))
+    return repr(value) if isinstance(value, (Mapping, list, tuple, range)) else repr(_shown(value))
+
+
 def _functions_in(value: Any) -> Iterator[FunctionType]:
-    """Functions that an option is or holds."""
+    """Functions that an option is or holds; of one that `functools.wraps` dresses, what is inside."""
     if isinstance(value, FunctionType):
-        yield value
+        yield inspect.unwrap(value)
     elif isinstance(value, functools.partial):
         yield from _functions_in(value.func)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -148,8 +158,13 @@ def _functions_in(value: Any) -> Iterator[FunctionType]:
 def _code_of(function: FunctionType | CodeType) -> list[Any]:
     """What a function does, so that another one of the same name is another search; of a closure, not its values."""
     code = function.__code__ if isinstance(function, FunctionType) else function
-    inner = [_code_of(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), inner]
+    return [code.co_code.hex(), list(code.co_names), [_constant(each) for each in code.co_consts]]
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, CodeType):
+        return _code_of(value)
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)  # sets of text have no order
 
 
 def digest_of_weights(model: torch.nn.Module, values: int = 16) -> str:

@@ -167,10 +167,12 @@ def calibrate(
 ) -> None:
     """Fit a method to a pipeline and prompts, or to a language model: by a search of its own, or for an objective."""
     from steer import objectives, search_options
+    from steer.calibrate import check_folder
 
     known = steer.methods()
     if method not in known:
         raise ValueError(f"there is no method {method}; there are {', '.join(known)}")
+    check_folder("output", output)
     lines = prompts.read_text().splitlines() if prompts else []
     texts = [*(prompt or []), *(line.strip() for line in lines if line.strip())]
     if bool(texts) == (data is not None):
@@ -226,7 +228,7 @@ def show(
 ) -> None:
     """Say what a saved method is: its settings, what it was made for, how it was found, its figures."""
     from steer.artifact import folder_of, read
-    from steer.provenance import OPTIMISM, best_trials, sections
+    from steer.provenance import best_trials, notes, sections
 
     folder = folder_of(source, revision=revision)
     if as_json:
@@ -248,7 +250,8 @@ def show(
         for trial in listed:
             table.add_row(*map(_plain, trial))
         console.print(table)
-        console.print(OPTIMISM, highlight=False)
+    for note in notes(method):
+        console.print(_plain(note))
 
 
 def _plain(text: str) -> Text:

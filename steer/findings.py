@@ -76,6 +76,12 @@ class Findings:
         return Scored(float(self._without.mean()), float(scores.mean()), gain, low, high)
 
     @property
+    def better(self) -> Mapping[str, Any] | None:
+        """The best trial where it scored higher than what was found; heads chosen together need not be a trial."""
+        found = self.found
+        return self.trials[0] if found is not None and self.trials[0]["score"] > found.score else None
+
+    @property
     def cross_checked(self) -> float | None:
         """Mean gain, on each sample, of the trial that is best on all the others; None for one sample.
 

@@ -148,7 +148,8 @@ class Method:
         able = [name for name, cls in methods().items() if cls.search is not Method.search]
         raise TypeError(
             f"{type(self).__name__} has no search of its own; those that have are {', '.join(able)}. To search its "
-            "settings give objective=, a callable (pictures, prompts) -> scores"
+            "settings give objective=, a callable (pictures, prompts) -> scores, e.g. steer.objectives.sharpness, or "
+            "--objective sharpness to the command"
         )
 
     def is_neutral(self) -> bool:
@@ -171,7 +172,11 @@ class Method:
 
     @property
     def record(self) -> Plan | None:
-        """What `steer.calibrate` tried and found: tables of scores, data, seeds, figures. None if it was not fitted."""
+        """What `steer.calibrate` tried and found: tables of scores, data, seeds, figures. None if it was not fitted.
+
+        `dataclasses.replace` of a fitted or loaded method gives other settings, of which a record would not be true:
+        they have none, and no model is refused for them.
+        """
         return self.__dict__.get("_record", getattr(self, "plan", None))
 
     def save(self, directory: str) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from steer.findings import python_line
 from steer.fingerprint import made_for
 from steer.method import Method
-from steer.provenance import OPTIMISM, best_trials, sections
+from steer.provenance import best_trials, notes, sections
 
 
 def write(method: Method, repo_id: str, folder: Path) -> None:
@@ -66,7 +66,7 @@ def card(method: Method, repo_id: str, pictures: Sequence[str] = (), has_report:
     for title, rows in sections(method).items():
         parts += [f"## {title}", _table(("", ""), rows)]
     if trials := best_trials(method):
-        parts += ["## Best trials", _table(("settings", "score", "gain [95 %]"), trials), OPTIMISM]
+        parts += ["## Best trials", _table(("settings", "score", "gain [95 %]"), trials), *notes(method)]
     parts += [f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures]
     parts += ["More of the search: [report.md](report.md)."] if has_report else []
     return "\n\n".join(parts) + "\n"

@@ -31,15 +31,40 @@ def sections(method: Method) -> dict[str, Rows]:
     return {title: rows for title, rows in found.items() if rows}
 
 
+def notes(method: Method) -> list[str]:
+    """Sentences that belong beside the figures of a search with an objective; none without one."""
+    if (found := findings_of(method)) is None:
+        return []
+    said, figures = [], found.report["figures"]
+    if found.is_cut:
+        said += [
+            f"The budget was over after {figures['trials']} of the {figures['trials asked for']} trials that the "
+            "strategy asked for; what was found is the best of those."
+        ]
+    if found.trials[0]["gain"] <= 0:
+        said += ["No trial scored higher than no method at all."]
+    if (trial := found.better) is not None:
+        said += [
+            f"A trial scored higher than what was chosen together: {found.label(trial)}, gain {trial['gain']:+.4g}. "
+            "Heads that are good one by one need not be so together."
+        ]
+    return [*said, OPTIMISM]
+
+
 def best_trials(method: Method, count: int = 10) -> list[tuple[str, str, str]]:
     """Settings, score and gain with its 95 % interval of the best trials, best first; empty without such a search."""
     findings = findings_of(method)
     if findings is None:
         return []
     return [
-        (findings.label(row), f"{row['score']:.4g}", f"{row['gain']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}]")
+        (findings.label(row), _short(row["score"]), gain_of(row["gain"], row["low"], row["high"], findings.samples))
         for row in findings.trials[:count]
     ]
+
+
+def gain_of(gain: float, low: float, high: float, samples: int) -> str:
+    """A mean gain with its interval, which one sample does not have."""
+    return f"{gain:+.4g} [{low:+.4g}, {high:+.4g}]" if samples > 1 else f"{gain:+.4g}"
 
 
 def _settings(method: Method) -> Rows:
@@ -94,7 +119,7 @@ def _figures(method: Method) -> Rows:
     if (findings := findings_of(method)) is not None:
         rows += [("score without", _short(figures.pop("score without")))]
         if (found := findings.found) is not None:
-            gain = f"{found.gain:+.4g}" + (f" [{found.low:+.4g}, {found.high:+.4g}]" if findings.samples > 1 else "")
+            gain = gain_of(found.gain, found.low, found.high, findings.samples)
             rows += [("score with", _short(found.score)), ("gain [95 %]", gain)]
         if (checked := findings.cross_checked) is not None:
             rows += [("gain on each sample of the trial that is best on the others", f"{checked:+.4g}")]

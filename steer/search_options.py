@@ -9,7 +9,7 @@ from typing import Any
 
 from steer.findings import findings_of
 from steer.method import Method
-from steer.provenance import OPTIMISM
+from steer.provenance import gain_of, notes
 from steer.strategies import STRATEGIES, Strategy, strategy_of
 
 RANGE = {"low", "high"}
@@ -75,16 +75,13 @@ def summary(fitted: Method, output: Path, report: Path | None) -> list[str]:
             without = f"{found.objective}: {figures['score without']:.4g} without"
             lines += [f"{without}; what was found was not drawn together, as the budget was over"]
         else:
-            interval = f" [{scored.low:+.4g}, {scored.high:+.4g}]" if found.samples > 1 else ""
+            gain = gain_of(scored.gain, scored.low, scored.high, found.samples)
+            of = f"mean and 95 % interval of {found.samples} samples" if found.samples > 1 else "of 1 sample"
             lines += [
-                f"{found.objective}: {scored.without:.4g} without, {scored.score:.4g} with, gain {scored.gain:+.4g}"
-                f"{interval}; mean{' and 95 % interval' if interval else ''} of {found.samples} "
-                f"sample{'s' if found.samples > 1 else ''}, {figures['trials']} trials"
+                f"{found.objective}: {scored.without:.4g} without, {scored.score:.4g} with, gain {gain}; {of}, "
+                f"{figures['trials']} trials"
             ]
-        if found.is_cut:
-            asked = figures["trials asked for"]
-            lines += [f"the budget was over: {figures['trials']} of the {asked} trials asked for were drawn"]
-        lines += [OPTIMISM]
+        lines += notes(fitted)
     lines += [f"{fitted.describe()} is in {output}"]
     lines += [f"report and pictures: {report / 'report.md'}"] if report is not None else []
     return [*lines, f'use it: with steer.apply(pipe, steer.load("{output}")): ...']

@@ -8,8 +8,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import torch
-
 Head = tuple[str, int]  # name of a site, number of a query head
 Settings = dict[str, Any]  # fields of the method that differ from those of the one that is fitted
 
@@ -82,8 +80,7 @@ class HeadHunter(Strategy):
     name: ClassVar[str] = "headhunter"
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or (self.top is not None and self.top < 1):
-            raise ValueError(f"rounds={self.rounds} and top={self.top} must be at least 1")
+        _check_counts(rounds=self.rounds, top=self.top)
 
     def search(self, space: Space) -> Asking:
         _need_heads(space, self)
@@ -110,6 +107,8 @@ class HeadHunter(Strategy):
 class Sweep(Strategy):
     """One field after another: every value is tried with the best of the others so far, and the best is kept.
 
+    A field whose values are all worse than what was found before stays as it is.
+
     Args:
         space: field of the method -> its values, in the order in which the fields are swept. None = every layer alone.
         cycles: how often to go through the fields.
@@ -121,19 +120,20 @@ class Sweep(Strategy):
     name: ClassVar[str] = "sweep"
 
     def __post_init__(self) -> None:
-        if self.cycles < 1:
-            raise ValueError(f"cycles={self.cycles} must be at least 1")
+        _check_counts(cycles=self.cycles)
+        if self.space is not None:
+            _check_space(self, self.space)
         for name, values in (self.space or {}).items():
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"space[{name!r}]={values!r} must list the values to try")
 
     def search(self, space: Space) -> Asking:
         swept = self._values(space)
-        found: Settings = {}
+        found, top = Settings(), -math.inf
         for name in [*swept] * self.cycles:
             scores = yield [Trial({**found, name: value}) for value in swept[name]]
-            if order := best(scores):
-                found = {**found, name: swept[name][order[0]]}
+            if (order := best(scores)) and scores[order[0]] >= top:
+                found, top = {**found, name: swept[name][order[0]]}, scores[order[0]]
         return found
 
     def count(self, space: Space) -> int:
@@ -158,8 +158,7 @@ class RandomHeads(Strategy):
     name: ClassVar[str] = "random"
 
     def __post_init__(self) -> None:
-        if self.draws < 1 or (self.number is not None and self.number < 1):
-            raise ValueError(f"draws={self.draws} and number={self.number} must be at least 1")
+        _check_counts(number=self.number, draws=self.draws)
 
     def search(self, space: Space) -> Asking:
         _need_heads(space, self)
@@ -197,11 +196,13 @@ class Optuna(Strategy):
     name: ClassVar[str] = "optuna"
 
     def __post_init__(self) -> None:
-        if not self.space:
-            raise ValueError('strategy="optuna" needs space=, e.g. {"scale": (1.0, 6.0), "layers": ["blocks.1", ...]}')
+        _check_counts(number=self.number)
+        _check_space(self, self.space)
         for name, values in self.space.items():
-            if not isinstance(values, (tuple, list)) or not values or (isinstance(values, tuple) and len(values) != 2):
-                raise ValueError(f"space[{name!r}]={values!r} must be a tuple (low, high) or a list of choices")
+            if not (_is_range(values) if isinstance(values, tuple) else isinstance(values, list) and values):
+                raise ValueError(
+                    f"space[{name!r}]={values!r} must be a tuple of numbers (low, high) or a list of choices"
+                )
 
     def search(self, space: Space) -> Asking:
         try:
@@ -272,12 +273,22 @@ def _settings(heads: Sequence[Head], space: Space) -> Settings:
     return {"layers": None, "heads": {layer: numbers for layer, numbers in chosen.items() if numbers}}
 
 
-def head_table(values: Mapping[Head, float], sites: Sequence[str], heads: int) -> torch.Tensor:
-    """(1, L, H) float64 of a value for each head; not a number where there is none."""
-    table = torch.full((1, len(sites), heads), math.nan, dtype=torch.float64)
-    for (site, head), value in values.items():
-        table[0, sites.index(site), head] = value
-    return table
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def _check_space(strategy: Strategy, space: Any) -> None:
+    if not isinstance(space, Mapping) or not space:
+        raise ValueError(
+            f'space={space!r}: strategy="{strategy.name}" needs fields of the method and what to try for each, '
+            'e.g. {"scale": [1.0, 3.0], "layers": ["blocks.1", "blocks.2"]}'
+        )
+
+
+def _is_range(values: tuple[Any, ...]) -> bool:
+    return len(values) == 2 and all(isinstance(value, (int, float)) for value in values) and values[0] <= values[1]
 
 
 def _need_heads(space: Space, strategy: Strategy) -> None:

@@ -11,7 +11,7 @@ import torch
 from steer.plan import Plan
 from steer.select import by_row, head_mask
 from steer.statistics import mean_interval
-from steer.strategies import Settings, Trial, head_table
+from steer.strategies import Head, Settings, Trial
 from steer_patches.site import Site
 
 WITHOUT = "without"  # the key of the target as it is
@@ -66,13 +66,21 @@ def _tables(
     for trials in asked:
         single = {trial.head: mean_of(scores, trial) - plain for trial in trials if trial.head is not None}
         if single:
-            tables[f"gain_{len(tables) + 1}"] = head_table(single, names, width)
+            tables[f"gain_{len(tables) + 1}"] = _head_table(single, names, width)
     if sites and "heads" in found and not by_row(found["heads"]):
         tables["chosen"] = torch.zeros(1, len(sites), width, dtype=torch.int8)
         for layer, site in enumerate(sites):
             mask = head_mask(found["heads"], site)
             tables["chosen"][0, layer, : site.heads] = 1 if mask is None else mask.flatten()
     return tables
+
+
+def _head_table(values: Mapping[Head, float], sites: Sequence[str], heads: int) -> torch.Tensor:
+    """(1, L, H) float64 of a value for each head; not a number where there is none."""
+    table = torch.full((1, len(sites), heads), math.nan, dtype=torch.float64)
+    for (site, head), value in values.items():
+        table[0, sites.index(site), head] = value
+    return table
 
 
 def _row(number: int, key: str, trial: Trial, scores: torch.Tensor, plain: torch.Tensor) -> dict[str, Any]:

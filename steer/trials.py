@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -56,8 +57,8 @@ class Trials:
         batch: int | None = None,
     ) -> None:
         for name, value in (("trials", trials), ("batch", batch)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         self.target, self.models, self.method, self.samples = target, models, method, samples
         self.objective, self.strategy, self.seed, self.budget = objective, strategy, seed, trials
         self.sites, self.space = _space(target, models, method, seed, trials)
@@ -87,7 +88,9 @@ class Trials:
     def run(self, is_over: Callable[[], bool]) -> Iterator[None]:
         """Do all the work; comes back after every batch of pictures. What is missing once `is_over` stays undrawn."""
         asking = self.strategy.search(self.space)
-        trials = next(asking)  # before anything is drawn: what cannot be searched says so at once
+        trials = next(asking, [])  # before anything is drawn: what cannot be searched says so at once
+        if not trials:
+            raise ValueError(f"{type(self.strategy).__name__} asks for no trial, so there is nothing to search")
         self._check(trials)
         if self.method.is_neutral() and all(self._with(trial.settings).is_neutral() for trial in trials):
             raise ValueError(f"{self.method.describe()} edits nothing, so there is nothing to calibrate")
@@ -139,7 +142,10 @@ class Trials:
     def _keep(self, keys: Sequence[str], index: int, scores: Sequence[float]) -> None:
         for key, score in zip(keys, scores, strict=True):
             if not math.isfinite(score):
-                raise ValueError(f"the objective gave {score} for sample {index} with {key}; a score must be finite")
+                settings = "no method" if key == WITHOUT else key
+                raise ValueError(
+                    f"the objective gave {score} for sample {index} with {settings}; a score must be finite"
+                )
         for key, score in zip(keys, scores, strict=True):
             row = self.scores.setdefault(key, torch.full((len(self.samples),), math.nan).double())
             row[index] = score
@@ -164,7 +170,10 @@ class Trials:
         return self.batch if able else 1
 
     def _with(self, settings: Settings) -> Method:
-        return dataclasses.replace(self.method, **settings)
+        try:
+            return dataclasses.replace(self.method, **settings)
+        except TypeError as error:  # a value that cannot even be compared
+            raise TypeError(f"{type(self.method).__name__} cannot take {key_of(settings)}: {error}") from error
 
     def _score(self, methods: Sequence[Method | None], index: int) -> list[float]:
         """Draw one sample with each of the methods, in one batch; scores of the pictures."""
@@ -220,6 +229,12 @@ class Trials:
         if self.found is None or not whole:
             raise ValueError(
                 "the budget was over before one trial had drawn every sample: give more seconds, or fewer samples"
+            )
+        if all(torch.equal(self.scores[key_of(trial.settings)], self.scores[WITHOUT]) for trial in whole):
+            warnings.warn(
+                f"no trial changed any score, so these settings of {type(self.method).__name__} are as good as any: is "
+                "it on in such short runs (see steps), does it reach that many tokens, can the objective tell?",
+                stacklevel=3,
             )
         fitted = self._with(self.found)
         fitted.__dict__["_record"] = record_of(self.sites, self.asked, self.scores, self.found)

@@ -43,7 +43,7 @@ def test_heads_for_an_objective(tmp_path: Path) -> None:
     said = " ".join(result.output.split())
     without = record.report["figures"]["score without"]
     assert f"{without:.4g} without" in said and "95 % interval of 2 samples, 4 trials" in said
-    assert "4 of the 12 trials asked for" in said and "flatter" in said
+    assert "over after 4 of the 12 trials" in said and "flatter" in said
     assert f"{fitted.describe()} is in {out}" in said
     assert str(report / "report.md") in said and f'steer.apply(pipe, steer.load("{out}"))' in said
     assert (report / "gain_1.png").exists()
@@ -73,6 +73,19 @@ def test_values_go_to_the_method_and_to_the_strategy() -> None:
     assert split(steer.PAG, "sweep", {})[1] == Sweep()
 
 
+def test_folders_that_are_files_are_refused_before_the_search(tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    told = ["--objective", "sharpness", "--trials", 1, "--set", "layers=transformer_blocks.1", *CALL]
+    for option in ("--output", "--report", "--checkpoint"):
+        folders = [] if option == "--output" else ["--output", tmp_path / "out"]
+        result = run(*told, *folders, option, taken)
+        assert isinstance(result.exception, NotADirectoryError) and f"{option[2:]}={taken} is a file" in str(
+            result.exception
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and taken.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [
@@ -91,7 +104,7 @@ def test_values_go_to_the_method_and_to_the_strategy() -> None:
             ["--objective", "sharpness", "--strategy", "optuna", "--set", 'space={"scale": {"low": 1}}'],
             "must be a list of values or",
         ),
-        (["--objective", "sharpness", "--set", "rounds=0"], "rounds=0 and top=None must be at least 1"),
+        (["--objective", "sharpness", "--set", "rounds=0"], "rounds=0 must be a whole number of at least 1"),
     ],
 )
 def test_bad_calls_say_what_to_do_before_a_model_is_opened(

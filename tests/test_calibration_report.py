@@ -18,6 +18,7 @@ from steer import cli
 from steer.calibration_plots import GREY, ORANGE, draw_round
 from steer.calibration_report import write
 from steer.findings import Findings, findings_of, python_line, settings_of, short_names
+from steer.provenance import notes
 from steer.strategies import Asking, HeadHunter, Optuna, RandomHeads, Space, Strategy, Sweep
 
 LAYERS = "transformer_blocks.*"
@@ -34,7 +35,7 @@ def fitted_with(strategy: Strategy, method: steer.Method | None = None, count: i
     calls = (tiny.call_kwargs(pipe, seed=seed, guidance_scale=1.0, steps=2) for seed in range(count))
     data = [{key: value for key, value in call.items() if key not in ("generator", "output_type")} for call in calls]
     method = method or steer.PAG(scale=4.0, layers=LAYERS)
-    return steer.calibrate(pipe, method, data, objective=whiteness, strategy=strategy, progress=False, **options)
+    return steer.calibrate(pipe, method, data, strategy=strategy, progress=False, **{"objective": whiteness, **options})
 
 
 def colours(file: Path) -> dict[tuple[int, ...], int]:
@@ -96,6 +97,36 @@ def test_figures_are_those_of_the_scores(tmp_path: Path) -> None:
         Findings(steer.PAG())
 
 
+def test_a_trial_that_is_better_than_the_heads_chosen_together_is_told(tmp_path: Path) -> None:
+    fitted = fitted_with(HeadHunter(rounds=1, top=2))
+    found = Findings(fitted)
+    assert fitted.record is not None and found.found is not None
+    scores = fitted.record.tensors["scores"]
+    best = max(row["score"] for row in found.trials)
+    together = found.report["keys"].index(found.report["found"])
+    for shift in (1.0, -1.0):  # what was found scores higher, then lower than every trial
+        scores[together] = best + shift
+        told = [note for note in notes(fitted) if note.startswith("A trial scored higher")]
+        assert len(told) == (shift < 0) and (found.better is None) == (shift > 0)
+        write(fitted, tmp_path)
+        assert ("A trial scored higher" in (tmp_path / "report.md").read_text()) == (shift < 0)
+    assert told[0].startswith(f"A trial scored higher than what was chosen together: {found.label(found.trials[0])}")
+    assert found.better == found.trials[0] and notes(steer.PAG()) == []
+
+
+@pytest.mark.parametrize(("worth", "lost"), [(1.0, False), (-1.0, True)])
+def test_a_search_that_finds_nothing_better_than_no_method_says_so(worth: float, lost: bool) -> None:
+    """An objective that knows the picture without the method, and likes it least, or best of all."""
+    seen: list[torch.Tensor] = []
+
+    def away(pictures: torch.Tensor, prompts: Any) -> list[float]:
+        seen.append(pictures[0].clone())
+        return [worth * float((picture - seen[0]).norm()) for picture in pictures]
+
+    fitted = fitted_with(HeadHunter(), count=1, objective=away)
+    assert ("No trial scored higher than no method at all." in notes(fitted)) == lost
+
+
 def test_report_of_heads(tmp_path: Path) -> None:
     fitted = fitted_with(HeadHunter(rounds=2, top=1), report=tmp_path)
     text = (tmp_path / "report.md").read_text()
@@ -151,7 +182,7 @@ def test_a_sweep_has_a_panel_for_each_field_and_the_others_beside_it(tmp_path: P
     assert panels == [("scale", "", ["8.0", "2.0"]), ("strength", kept, ["0.25", "0.5", "1.0"])]
     text = (tmp_path / "report.md").read_text()
     assert "(sweep.png)" in text and (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "without an interval: one sample" in text and found.cross_checked is None
+    assert ", no interval of one sample |" in text and f"space={space}" in text and found.cross_checked is None
 
 
 @pytest.mark.parametrize(

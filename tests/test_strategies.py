@@ -108,7 +108,11 @@ def test_sweep_finds_the_best_of_every_field_that_adds_its_own(
     strategy = Sweep(space={name: [value for value, _ in pairs] for name, pairs in worth.items()}, cycles=cycles)
     tables = {name: dict(pairs) for name, pairs in worth.items()}
     found, asked = run(strategy, space_of(), lambda s: sum(tables[name][value] for name, value in s.items()))
-    assert found == {name: max(pairs, key=lambda pair: pair[1])[0] for name, pairs in worth.items()}  # first of equals
+    first = next(iter(worth))
+    best_of = {name: max(pairs, key=lambda pair: pair[1]) for name, pairs in worth.items()}  # first of equals
+    assert found == {name: value for name, (value, gain) in best_of.items() if gain >= 0 or name == first}
+    scores = [score for trials in asked for score in (sum(tables[n][v] for n, v in t.settings.items()) for t in trials)]
+    assert sum(tables[name][value] for name, value in found.items()) == max(scores)
     assert sum(map(len, asked)) == strategy.count(space_of()) and len(asked) == cycles * len(worth)
 
 
@@ -121,9 +125,10 @@ def test_sweep_tries_every_layer_alone_unless_told() -> None:
 def test_sweep_keeps_what_it_has_where_the_budget_ends() -> None:
     sweep = Sweep(space={"scale": [1.0, 2.0, 3.0], "strength": [0.5, 1.0]})
     assert run(sweep, space_of(), lambda s: s["scale"], budget=2)[0] == {"scale": 2.0}
-    assert run(sweep, space_of(), lambda s: s["scale"] - s.get("strength", 0), budget=4)[0] == {
+    assert run(sweep, space_of(), lambda s: s["scale"] + s.get("strength", 0), budget=4)[0] == {
         "scale": 3.0, "strength": 0.5
     }  # fmt: skip
+    assert run(sweep, space_of(), lambda s: s["scale"] - s.get("strength", 0))[0] == {"scale": 3.0}  # none is better
 
 
 @given(seed=st.integers(0, 50), number=st.integers(1, 5), draws=st.integers(1, 8))
@@ -197,18 +202,25 @@ def test_best_orders_what_was_tried(scores: list[float]) -> None:
 
 def test_wrong_settings_are_said() -> None:
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (ValueError, "rounds=0 and top=None must be at least 1", lambda: HeadHunter(rounds=0)),
-        (ValueError, "rounds=1 and top=0 must be at least 1", lambda: HeadHunter(top=0)),
-        (ValueError, "cycles=0 must be at least 1", lambda: Sweep(cycles=0)),
+        (ValueError, "rounds=0 must be a whole number of at least 1", lambda: HeadHunter(rounds=0)),
+        (ValueError, "rounds=2.5 must be a whole number", lambda: HeadHunter(rounds=2.5)),  # type: ignore[arg-type]
+        (ValueError, "top=0 must be a whole number of at least 1", lambda: HeadHunter(top=0)),
+        (ValueError, "top='abc' must be a whole number", lambda: HeadHunter(top="abc")),  # type: ignore[arg-type]
+        (ValueError, "cycles=0 must be a whole number of at least 1", lambda: Sweep(cycles=0)),
+        (ValueError, 'space={}: strategy="sweep" needs fields of the method', lambda: Sweep(space={})),
+        (ValueError, 'space=\'scale\': strategy="sweep" needs', lambda: Sweep(space="scale")),  # type: ignore[arg-type]
         (ValueError, r"space\['scale'\]=3.0 must list the values to try", lambda: Sweep(space={"scale": 3.0})),  # type: ignore[dict-item]
         (ValueError, r"space\['layers'\]='a' must list the values", lambda: Sweep(space={"layers": "a"})),
-        (ValueError, "draws=0 and number=None must be at least 1", lambda: RandomHeads(draws=0)),
+        (ValueError, "draws=0 must be a whole number of at least 1", lambda: RandomHeads(draws=0)),
         (ValueError, "number=13: there are 12 heads", lambda: run(RandomHeads(number=13), space_of(), bowl)),
         (ValueError, "draws=13: there are 12 choices of 1",
          lambda: run(RandomHeads(number=1, draws=13), space_of(), bowl)),
-        (ValueError, 'strategy="optuna" needs space=', lambda: Optuna()),
-        (ValueError, r"space\['scale'\]=\(1, 2, 3\) must be a tuple \(low, high\) or a list",
-         lambda: Optuna(space={"scale": (1, 2, 3)})),
+        (ValueError, 'space={}: strategy="optuna" needs fields of the method', lambda: Optuna()),
+        (ValueError, "number=0 must be a whole number of at least 1", lambda: Optuna(space=SEARCHED, number=0)),
+        *((ValueError, r"space\['scale'\]=.* must be a tuple of numbers \(low, high\) or a list", make) for make in (
+            lambda: Optuna(space={"scale": (1, 2, 3)}), lambda: Optuna(space={"scale": (2.0, 1.0)}),
+            lambda: Optuna(space={"scale": ("a", "b")}), lambda: Optuna(space={"scale": []}),
+        )),
         (ValueError, "optuna.samplers has no 'Best'; it has .*TPESampler",
          lambda: run(Optuna(space=SEARCHED, sampler="Best"), space_of(), bowl)),
         (ValueError, 'strategy="headhunter" chooses heads, which this method does not take; use "sweep"',

@@ -8,10 +8,11 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from torch import Tensor
 import steer
 from steer import ACT, PAG, SEG, SLG, Plan, SparseVDiT
 from steer.bind import models_of
+from steer.checkpoint import _code_of
 from steer.strategies import HeadHunter, Space, Strategy, Sweep, Trial
 
 TOLERANCE = 1e-10
@@ -365,7 +367,7 @@ def test_a_smaller_budget_keeps_what_a_pass_has_seen(tmp_path: Path) -> None:
     [
         (lambda p, _: [1.0] * (len(p) + 1), ValueError, r"gave 2 scores for 1 pictures; it must give one for each"),
         (lambda p, _: torch.ones(len(p), 2), ValueError, r"gave 2 scores for 1 pictures"),
-        (lambda p, _: [math.nan] * len(p), ValueError, "gave nan for sample 0 with without; a score must be finite"),
+        (lambda p, _: [math.nan] * len(p), ValueError, "gave nan for sample 0 with no method; a score must be finite"),
         (lambda p, _: [math.inf if len(p) > 1 else 0.0] * len(p), ValueError, "gave inf for sample 0 with layers=None"),
         (lambda p, _: None, TypeError, "the objective returned a NoneType; it must return one score for each picture"),
         (lambda p, _: {"score": 1.0}, TypeError, "the objective returned a dict; it must return one score"),
@@ -398,6 +400,29 @@ def test_an_objective_may_change_its_pictures_and_return_any_numbers() -> None:
     assert torch.equal(scores_of(search(pipe, data, rude)), scores_of(polite))
     as_list = search(pipe, data, lambda p, q: [score.reshape(1) for score in tilt(p, q)])
     assert torch.equal(scores_of(as_list), scores_of(polite))
+
+
+def test_a_search_that_changes_no_score_says_so() -> None:
+    pipe = PIPELINES["sd3_text"].build()
+    data = samples("sd3_text", pipe)  # of two steps, which SLG's default share of the run leaves out
+    with pytest.warns(UserWarning, match="no trial changed any score, so these settings of SLG are as good as any"):
+        search(pipe, data, tilt, SLG(layers="*"), strategy="sweep", space={"scale": [1.0, 2.0]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        search(pipe, data, tilt, SLG(layers="*", steps=":"), strategy="sweep", space={"scale": [1.0, 2.0]})
+
+
+def test_sets_in_the_objective_are_the_same_code_in_every_process() -> None:
+    """Of small whole numbers the order in a set depends on how it was built, as that of text does on the process."""
+
+    def small(pictures: Tensor, prompts: Any) -> Any:
+        return [float(len(prompts) in {0, 8})] * len(pictures)
+
+    code = small.__code__
+    other = tuple(frozenset([8, 0]) if isinstance(each, frozenset) else each for each in code.co_consts)
+    assert other == code.co_consts and repr(other) != repr(code.co_consts)
+    rebuilt = FunctionType(code.replace(co_consts=other), small.__globals__, small.__name__)
+    assert _code_of(rebuilt) == _code_of(small)
 
 
 def test_pictures_and_prompts_are_what_is_promised() -> None:
@@ -499,13 +524,22 @@ def test_methods_without_heads_and_bounded_searches() -> None:
 def test_what_is_swept_may_be_named_by_globs_and_start_neutral() -> None:
     pipe = PIPELINES["sd3_text"].build()
     data = samples("sd3_text", pipe)
-    chosen = [{"transformer_blocks.{0,1}": [1]}, {"transformer_blocks.2": [0]}]
-    space = {"scale": [0.0, 1.0, 2.0], "heads": chosen}
-    fitted = search(pipe, data, tilt, PAG(scale=0.0, layers="*"), strategy="sweep", space=space, cycles=2)
-    expected = [[0, 1], [0, 1], [0, 0]] if "0,1" in repr(fitted.heads) else [[0, 0], [0, 0], [1, 0]]
-    assert record_of(fitted).tensors["chosen"].tolist() == [expected]
+    for layers, count in (("transformer_blocks.{0,1}", 2), ("transformer_blocks.2", 1)):
+        known = Nearest(draw(pipe, data, PAG(scale=2.0, heads={layers: [1]})))
+        space = {"scale": [0.0, 1.0, 2.0], "heads": [{layers: [0]}, {layers: [1]}]}
+        fitted = search(pipe, data, known, PAG(scale=0.0, layers=layers), strategy="sweep", space=space, cycles=2)
+        assert fitted.settings() == {"layers": layers, "scale": 2.0, "heads": {layers: [1]}}
+        assert record_of(fitted).tensors["chosen"].tolist() == [[[0, 1]] * count]
     with pytest.raises(ValueError, match="edits nothing, so there is nothing to calibrate"):
         search(pipe, data, trip, PAG(scale=0.0))
+
+
+class Silent(Strategy):
+    """A strategy of a user's that ends before it asks."""
+
+    def search(self, space: Space) -> Any:
+        yield from ()
+        return {}
 
 
 def test_wrong_calls_are_refused_before_anything_is_drawn() -> None:
@@ -520,9 +554,14 @@ def test_wrong_calls_are_refused_before_anything_is_drawn() -> None:
          {"strategy": "sweep", "space": {"scale": [1.0], "scal": [2.0]}}),
         (ValueError, "strength=2 must lie in", {"strategy": "sweep", "space": {"strength": [2]}}),
         (ValueError, "layers='blocks.9' matches none of", {"strategy": Sweep(space={"layers": ["blocks.9"]})}),
-        (ValueError, "trials=0 must be at least 1", {"trials": 0}),
-        (ValueError, "batch=0 must be at least 1", {"batch": 0}),
+        (ValueError, "trials=0 must be a whole number of at least 1", {"trials": 0}),
+        (ValueError, "trials=2.5 must be a whole number", {"trials": 2.5}),
+        (ValueError, "batch=0 must be a whole number of at least 1", {"batch": 0}),
         (ValueError, "seconds=0 must be above 0", {"seconds": 0}),
+        (TypeError, "PAG cannot take scale='much': must be real number",
+         {"strategy": "sweep", "space": {"scale": ["much"]}}),
+        (ValueError, "Silent asks for no trial, so there is nothing to search", {"strategy": Silent()}),
+        (TypeError, "<class 'steer.methods.pag.PAG'> is no method; pass one, e.g. steer.PAG", {"method": PAG}),
         (ValueError, "number=7: there are 6 heads", {"strategy": "random", "number": 7}),
         (ValueError, "draws=16: there are 15 choices of 2", {"strategy": "random", "number": 2, "draws": 16}),
         (ValueError, "heads has a mapping for each picture; a search starts from one choice",
