@@ -277,7 +277,7 @@ def test_report_has_a_table_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_open", load)  # the entry point of steer_demos, which need not be installed
+    monkeypatch.setattr(cli, "open_model", load)  # the entry point of steer_demos, which need not be installed
     (tmp_path / "prompts.txt").write_text("a cat\n\na rocket\n")
     call = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 1, "max_sequence_length": 16}
     told = ["calibrate", "emoji-wan", "SparseVDiT", "--prompt", "a fox", "--prompts", str(tmp_path / "prompts.txt")]

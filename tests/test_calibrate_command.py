@@ -20,8 +20,8 @@ CALL = ("--call", "guidance_scale=1", "--call", "num_inference_steps=1", "--prom
 @pytest.fixture(autouse=True)
 def _embedded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry points of steer_demos, which need not be installed."""
-    monkeypatch.setattr(cli, "_open", load)
-    monkeypatch.setattr(cli, "_call_options", call_options)
+    monkeypatch.setattr(cli, "open_model", load)
+    monkeypatch.setattr(cli, "call_options", call_options)
 
 
 def run(*told: Any) -> Any:
@@ -113,7 +113,7 @@ def test_bad_calls_say_what_to_do_before_a_model_is_opened(
     def opened(name: str) -> None:
         raise AssertionError(f"{name} was opened")
 
-    monkeypatch.setattr(cli, "_open", opened)
+    monkeypatch.setattr(cli, "open_model", opened)
     result = run(*told, "--prompt", "a cat", "--output", tmp_path / "out")
     with pytest.raises((ValueError, TypeError), match=message):
         raise result.exception

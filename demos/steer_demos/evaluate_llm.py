@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 import steer
 from steer.artifact import installed
-from steer.cli import assignments
 from steer.method import Method
+from steer.opening import assignments
 from steer_demos import models
 from steer_demos.language_suites import FIRST_SEED, SEARCH_SEED, SUITES, Bench, Rows, suite
 

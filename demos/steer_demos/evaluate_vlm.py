@@ -22,7 +22,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import steer
 from steer.artifact import installed
-from steer.cli import assignments
+from steer.opening import assignments
 from steer_demos import models, vlm_methods, vlm_pointing
 from steer_demos.evaluate_llm import to_text
 from steer_demos.scenes import CANVAS, EVALUATION_SEED, Scene

@@ -16,8 +16,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steer
-from steer.cli import steering
 from steer.method import Method
+from steer.opening import steering
 from steer.select import select
 from steer_demos import models
 from steer_demos.look_plots import draw_pictures, draw_text

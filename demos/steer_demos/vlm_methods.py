@@ -19,10 +19,10 @@ from rich.table import Column, Table
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import steer
-from steer.cli import method_of
 from steer.method import Method
 from steer.methods.var import VAR
 from steer.methods.vhr import VHR, row_of
+from steer.opening import method_of
 from steer.query_row import last_tokens, with_rows
 from steer_demos.models import emoji_vlm
 from steer_demos.scenes import PRESENCE_SPLITS, Question, Scene
