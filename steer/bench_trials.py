@@ -231,7 +231,8 @@ def _order(fitted: Any) -> list[Any]:
 
 
 def _print(case: Mapping[str, Any], result: Mapping[str, Any], console: Console) -> None:
-    about = ", ".join(str(value) for value in case["environment"].values())
+    env = case["environment"].items()
+    about = ", ".join(f"{value}" if key in ("device", "dtype") else f"{key} {value}" for key, value in env)
     note = ", tiny setting" if result["small"] and "random" in case["model"] else ""
     table = Table(
         *("batch", "prefix", "seconds", "spread", "x 1st", "x 2nd", "blocks", "pictures", "order"),

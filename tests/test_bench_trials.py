@@ -67,3 +67,17 @@ def test_layers_and_heads_are_spread_over_the_model() -> None:
     assert len(some) == len(heads) == 1
     assert site == layers[len(layers) // 2] and heads[0] == every[site][len(every[site]) // 2]
     assert bench_trials._tried(pipe, 99, 99) == every
+
+
+def test_documented_figures_are_those_of_the_run() -> None:
+    root = Path(__file__).resolve().parent.parent
+    found = json.loads((root / "benchmarks/trials-cpu.json").read_text(encoding="utf-8"))["cases"]
+    page = (root / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for model, case in zip(("emoji-mmdit", "SD3, random"), found, strict=True):
+        for row in case["rows"]:
+            prefix, half = "shared" if row["share_prefix"] else "own", row["spread"] / 2
+            ratios = f"{row['faster_than_unshared']:.2f} | {row['faster_than_single']:.2f}"
+            shown = f"| {model} | {row['batch']} | {prefix} | {row['seconds']:.3f} (± {half:.3f}) | {ratios} |"
+            assert f"{shown} {100 * row['blocks']:.0f} % | {row['error']:.0e} |" in page
+    default = [case["rows"][3]["faster_than_unshared"] for case in found]  # the heads of one layer, shared
+    assert f"1/{default[0]:.2f} and 1/{default[1]:.2f} of the time" in page

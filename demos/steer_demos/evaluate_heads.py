@@ -44,7 +44,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from diffusers import DiffusionPipeline
@@ -60,17 +59,15 @@ from steer.artifact import installed
 from steer.bind import models_of
 from steer.checkpoint import about, digest
 from steer.method import Method
-from steer.objectives import sharpness
 from steer.statistics import mean_interval
 from steer.strategies import Head, HeadHunter, Sweep
 from steer.trials import Objective
 from steer_demos import models
-from steer_demos.emoji import BACKGROUNDS, STYLES, caption, concepts
+from steer_demos.emoji import caption, concepts
 from steer_demos.evaluate_pictures import Prompt, evaluation_prompts, generate_pictures, prompt_options
 from steer_demos.evaluate_vlm import as_text
-from steer_demos.intervals import frechet_distance
-from steer_demos.judge import Judge
-from steer_demos.objectives import Concept, Style, judge, log_probabilities, style_margins
+from steer_demos.heads_measures import MEASURES, STYLE, Measured, figures, mean_of, measure, real
+from steer_demos.objectives import Concept, Style, judge
 
 PROMPTS = 100
 HELD_OUT_SEED = 20_000  # of the first held-out picture; searches draw from seed 0
@@ -79,9 +76,7 @@ SEARCH_SEED, SECOND_JUDGE = 0, 1
 STEPS, SCALE, STRENGTH = 20, 3.0, 0.5
 CHOSEN = 3  # heads
 DRAWS = 3  # random choices of as many heads
-STYLE = "twemoji"
 FACTORS = (0.5, 2.0)  # of the scale, in the second table
-MEASURES = ("right concept", "log-probability", "right style", "style margin", "sharpness")
 NONE, CFG, FOUND, WORST = "none", "CFG 3", "HeadHunter", "worst heads"
 BY_LAYER, SOFT_BY_LAYER, RANDOM = "PAG by layer", "SoftPAG by layer", "random heads"
 SHEET_ROWS = 8
@@ -264,74 +259,6 @@ def draw(
     return drawn
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What the judge says of the pictures of one condition.
-
-    Args:
-        values: of each measure (N,) float64, not a number where the prompt does not ask.
-        frechet: distance between the features of the pictures and of all renders.
-        resampled: the same of 100 resamples of the prompts, the same ones for every condition.
-    """
-
-    values: Mapping[str, Tensor]
-    frechet: float
-    resampled: np.ndarray
-
-
-def measure(judge: Judge, pictures: Tensor, prompts: Sequence[Prompt]) -> Measured:
-    """All measures of pictures (N, 3, 64, 64) in [-1, 1]."""
-    verdict = judge.judge(pictures)
-    names = [prompt.concept for prompt in prompts]
-    styles = [prompt.style or STYLE for prompt in prompts]
-    is_asked = torch.tensor([prompt.style is not None for prompt in prompts])
-    right = verdict.concepts == torch.tensor([list(concepts()).index(name) for name in names])
-    right_style = verdict.styles == torch.tensor([list(STYLES).index(style) for style in styles])
-    values = {
-        "right concept": right.double(),
-        "log-probability": log_probabilities(judge, pictures, names).double(),
-        "right style": right_style.double().masked_fill(~is_asked, torch.nan),
-        "style margin": style_margins(judge, pictures, names, styles).double().masked_fill(~is_asked, torch.nan),
-        "sharpness": sharpness((pictures + 1) / 2).double(),
-    }
-    features, reference = verdict.features.double().numpy(), judge.reference.double().numpy()
-    rows = np.random.default_rng(0).integers(len(features), size=(100, len(features)))
-    resampled = np.array([frechet_distance(features[row], reference) for row in rows])
-    return Measured(values, frechet_distance(features, reference), resampled)
-
-
-def mean_of(parts: Sequence[Measured]) -> Measured:
-    """Several draws as one: every measure averaged prompt by prompt."""
-    values = {name: torch.stack([part.values[name] for part in parts]).mean(0) for name in MEASURES}
-    frechet, resampled = (np.mean([getattr(part, name) for part in parts], 0) for name in ("frechet", "resampled"))
-    return Measured(values, float(frechet), np.asarray(resampled))
-
-
-def figures(one: Measured, less: Measured | None = None) -> dict[str, dict[str, float]]:
-    """Means with 95 % bootstrap intervals over prompts; with `less` of the paired differences."""
-    row = {}
-    for name in MEASURES:
-        values = one.values[name] if less is None else one.values[name] - less.values[name]
-        values = values[~values.isnan()]
-        if len(values):
-            mean, (low, high) = mean_interval(values)
-            row[name] = {"mean": mean, "low": low, "high": high}
-    # Resampling repeats prompts, which biases the distance upwards: only its spread is used, around the estimate.
-    mean = one.frechet - (less.frechet if less else 0.0)
-    spread = 1.96 * float(np.std(one.resampled - (less.resampled if less else 0.0)))
-    return row | {"Frechet distance": {"mean": mean, "low": mean - spread, "high": mean + spread}}
-
-
-def real(judge: Judge, prompts: Sequence[Prompt]) -> Tensor:
-    """The drawings that were asked for, (N, 3, 64, 64) in [-1, 1]; what was left open is drawn at random."""
-    chance = random.Random(0)
-    colours, styles = list(BACKGROUNDS), list(STYLES)
-    concept = torch.tensor([list(concepts()).index(prompt.concept) for prompt in prompts])
-    style = torch.tensor([styles.index(prompt.style or chance.choice(styles)) for prompt in prompts])
-    colour = torch.tensor([colours.index(prompt.background or chance.choice(colours)) for prompt in prompts])
-    return judge.render(concept, style, judge.colours[colour])
-
-
 def compare(measured: Mapping[str, Measured], factors: Sequence[float] = FACTORS) -> list[dict[str, Any]]:
     """The heads that were found against everything else at the same scale, and beside classifier-free guidance."""
     pairs = [(f"{CFG} + {FOUND}", CFG), (FOUND, CFG)]
@@ -437,10 +364,10 @@ def show(report: Mapping[str, Any]) -> None:
             if ", w = " in condition:  # the second table is in the file
                 continue
             cells = []
-            for measure in (*MEASURES, "Frechet distance"):
-                cell = _cell(row["figures"].get(measure))
+            for column in (*MEASURES, "Frechet distance"):
+                cell = _cell(row["figures"].get(column))
                 if "difference from none" in row:
-                    cell += "\n" + _cell(row["difference from none"].get(measure), "+")
+                    cell += "\n" + _cell(row["difference from none"].get(column), "+")
                 cells.append(cell)
             table.add_row(condition, *cells)
         console.print(table)
