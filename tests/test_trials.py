@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
@@ -265,7 +266,8 @@ search(pipe, samples("sd3_text", pipe), killed(tilt, 9, kill), rounds=2, top=1, 
 
 
 def test_a_killed_process_is_resumed_by_another(tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, env=path)
     assert ran.returncode == -9, ran.stderr
     pipe = PIPELINES["sd3_text"].build()
     data = samples("sd3_text", pipe)

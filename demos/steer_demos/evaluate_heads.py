@@ -20,11 +20,12 @@ they do not name one. All conditions draw the same prompts and seeds: difference
 classifier of another seed than the one that the search asked, and listed whatever their sign. Scales w/2 and 2w are a
 second table, not a choice.
 
-A third study was added once the first two had been seen, with held-out seeds of its own. In the first, three heads that
-each gained alone lost together, and on held-out prompts more so. Hence
+Two studies were added once the first two had been seen, each with held-out seeds of its own and without a second table.
+In the first, three heads that each gained alone lost together, and on held-out prompts more so. Hence
 
 - stepwise: objective `Concept`, three rounds of one head each, so that each is tried beside those chosen before, on
-  40 samples: the same 20 prompts from two seeds each. Nothing else differs; there is no second table.
+  40 samples: the same 20 prompts from two seeds each. Nothing else differs.
+- varied: as stepwise, but the prompts name styles and backgrounds as often as the held-out ones do.
 
 Source of the search: Ahn et al., arXiv 2506.10978.
 """
@@ -63,7 +64,7 @@ from steer.statistics import mean_interval
 from steer.strategies import Head, HeadHunter, Sweep
 from steer.trials import Objective
 from steer_demos import models
-from steer_demos.emoji import caption, concepts
+from steer_demos.emoji import BACKGROUNDS, STYLES, caption, concepts
 from steer_demos.evaluate_pictures import Prompt, evaluation_prompts, generate_pictures, prompt_options
 from steer_demos.evaluate_vlm import as_text
 from steer_demos.heads_measures import MEASURES, STYLE, Measured, figures, mean_of, measure, real
@@ -71,7 +72,7 @@ from steer_demos.objectives import Concept, Style, judge
 
 PROMPTS = 100
 HELD_OUT_SEED = 20_000  # of the first held-out picture; searches draw from seed 0
-LATER_SEED = 30_000  # the same of the study that was added
+LATER_SEEDS = (30_000, 40_000)  # the same of the studies that were added
 SEARCH_SEED, SECOND_JUDGE = 0, 1
 STEPS, SCALE, STRENGTH = 20, 3.0, 0.5
 CHOSEN = 3  # heads
@@ -106,17 +107,23 @@ class Study:
 
 
 def studies(prompts: int = PROMPTS, quality: int = 20, style: int = 8) -> list[Study]:
-    """The three studies, with so many held-out prompts, and so many prompts in the searches."""
+    """The four studies, with so many held-out prompts, and so many prompts in the searches."""
     searched = random.Random(2026).sample(list(concepts()), quality)
     data = [caption(concept, article=True) for concept in searched]
     held_out = [p for p in evaluation_prompts(2 * prompts + len(concepts())) if p.concept not in searched][:prompts]
     unnamed = [
         Prompt(caption(p.concept, None, p.background, article=True), p.concept, STYLE, p.background) for p in held_out
     ]
+    chance = random.Random(2027)
+    varied = [
+        caption(concept, chance.choice([None, *STYLES]), chance.choice([None, *BACKGROUNDS]), article=True)
+        for concept in searched * 2
+    ]
     return [
         Study("quality", Concept(), data, 1, CHOSEN, held_out),
         Study("style", Style(STYLE), data[:style], CHOSEN, 1, unnamed),
-        Study("stepwise", Concept(), data * 2, CHOSEN, 1, held_out, LATER_SEED, ()),
+        Study("stepwise", Concept(), data * 2, CHOSEN, 1, held_out, LATER_SEEDS[0], ()),
+        Study("varied", Concept(), varied, CHOSEN, 1, held_out, LATER_SEEDS[1], ()),
     ]
 
 

@@ -177,7 +177,7 @@ def test_the_seed_decides_the_judge_which_is_trained_once(monkeypatch: pytest.Mo
 
 def test_what_is_held_out_occurs_in_no_search() -> None:
     assert studies() == studies()
-    quality, style, stepwise = studies()
+    quality, style, stepwise, varied = studies()
     assert len(quality.data) == 20 and style.data == quality.data[:8]
     assert len(quality.prompts) == len(style.prompts) == 100
     assert all(prompt.style is None and prompt.background is None for prompt in map(asked, quality.data))
@@ -186,9 +186,11 @@ def test_what_is_held_out_occurs_in_no_search() -> None:
     assert all(asked(prompt.text).style is None and prompt.style == STYLE for prompt in style.prompts)
     assert all(asked(prompt.text) == prompt for prompt in quality.prompts)
     assert stepwise.data == quality.data * 2 and stepwise.prompts == quality.prompts
-    for study in (quality, style, stepwise):
+    assert len(varied.data) == 40 and not {asked(text).concept for text in varied.data} - searched
+    assert {asked(text).style for text in varied.data} == {None, *STYLES} and varied.prompts == quality.prompts
+    for study in (quality, style, stepwise, varied):
         assert study.rounds * study.top == CHOSEN
-    spans = [(SEARCH_SEED, len(stepwise.data)), *((s.first_seed, len(s.prompts)) for s in (quality, stepwise))]
+    spans = [(SEARCH_SEED, len(stepwise.data)), *((s.first_seed, len(s.prompts)) for s in (quality, stepwise, varied))]
     assert all(first + size <= later for (first, size), (later, _) in itertools.pairwise(spans))
 
 
@@ -312,7 +314,7 @@ def test_the_command_searches_judges_writes_and_resumes(tmp_path: Path) -> None:
     assert ran.exit_code == 0 and "HeadHunter" in ran.output
     report = json.loads((tmp_path / "heads.json").read_text())
     for name, study in report["studies"].items():
-        scales = 1 if name == "stepwise" else 3
+        scales = 3 if name in ("quality", "style") else 1
         assert study["held_out"] == 4 and len(study["conditions"]) == 3 + 8 * scales
         assert study["search"][FOUND]["pictures drawn"] >= 37 * 2 and study["search"][FOUND]["seconds"] > 0
         with Image.open(tmp_path / name / "contact-sheet.png") as sheet:
@@ -343,7 +345,7 @@ def documented_row(name: str, row: dict[str, Any]) -> str:
     return f"| {name} | {' | '.join([*cells, number('Frechet distance')])} |"
 
 
-@pytest.mark.parametrize("study", ["quality", "style", "stepwise"])
+@pytest.mark.parametrize("study", ["quality", "style", "stepwise", "varied"])
 def test_documented_figures_are_those_of_the_run(study: str) -> None:
     root = Path(__file__).resolve().parents[2]
     found = json.loads((root / "benchmarks/heads-emoji.json").read_text(encoding="utf-8"))["studies"][study]
