@@ -352,3 +352,17 @@ def test_documented_figures_are_those_of_the_run(study: str) -> None:
     page = (root / "docs/benchmarks.md").read_text(encoding="utf-8")
     rows = [documented_row(name, row) for name, row in found["conditions"].items() if ", w = " not in name]
     assert len(rows) == 11 and not [row for row in rows if row not in page]
+
+
+def test_documented_gains_are_those_of_the_run() -> None:
+    root = Path(__file__).resolve().parents[2]
+    found = json.loads((root / "benchmarks/heads-emoji.json").read_text(encoding="utf-8"))["studies"]
+    page = (root / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for study, name in {"quality": "quality, three heads at once"}.items() | {(s, s) for s in found if s != "quality"}:
+        gains = found[study]["conditions"][FOUND]["objective"].values()
+        shown = " | ".join("{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**each) for each in gains)
+        assert f"| {name} | {shown} |" in page
+    for study in ("quality", "stepwise", "varied"):
+        pairs = {(pair["of"], pair["less"]): pair["figures"] for pair in found[study]["comparisons"]}
+        less = pairs[FOUND, f"{RANDOM}, mean"]["log-probability"]
+        assert "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**less) in page
