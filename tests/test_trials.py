@@ -29,7 +29,7 @@ from tiny_pipelines import PIPELINES
 from torch import Tensor
 
 import steer
-from steer import ACT, PAG, SEG, SLG, Plan, SparseVDiT
+from steer import ACT, PAG, SEG, SLG, Plan, SparseVDiT, checkpoint
 from steer.bind import models_of
 from steer.checkpoint import _code_of
 from steer.strategies import HeadHunter, Space, Strategy, Sweep, Trial
@@ -688,3 +688,42 @@ class FromFolder:
 
     def __call__(self, pictures: torch.Tensor, prompts: Sequence[Any]) -> torch.Tensor:
         return pictures.mean((1, 2, 3))
+
+
+def test_the_objective_sees_pictures_in_full_precision() -> None:
+    seen: list[torch.dtype] = []
+
+    def note(pictures: Tensor, prompts: Sequence[Any]) -> Tensor:
+        seen.append(pictures.dtype)
+        return pictures.mean((1, 2, 3))
+
+    for dtype in (torch.float64, torch.bfloat16):
+        pipe = PIPELINES["sd3_text"].build().to(dtype)
+        data = [{"prompt": PROMPTS[0], "num_inference_steps": 1, "guidance_scale": 1.0, "height": 32, "width": 32}]
+        steer.calibrate(pipe, PAG(mode="all"), data, objective=note, trials=1, progress=False)
+    assert seen[0] == torch.float64 and seen[-1] == torch.float32
+
+
+def test_a_kill_while_the_checkpoint_is_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = exact("sd3")
+    data, file = samples("sd3", pipe, 1), tmp_path / "calibration.safetensors"
+    whole, written = checkpoint.save_file, 0
+
+    def torn(tensors: Any, name: Any, **options: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 2:
+            Path(name).write_bytes(b"half a file")
+            raise Tripped
+        whole(tensors, name, **options)
+
+    options: dict[str, Any] = {"objective": lambda pictures, _: pictures.mean((1, 2, 3)), "progress": False}
+    monkeypatch.setattr(checkpoint, "save_file", torn)
+    with pytest.raises(Tripped):
+        steer.calibrate(pipe, PAG(mode="all"), data, checkpoint=tmp_path, **options)
+    before = file.read_bytes()
+    assert before != b"half a file"
+    resumed = steer.calibrate(pipe, PAG(mode="all"), data, checkpoint=tmp_path, **options)
+    assert resumed == steer.calibrate(pipe, PAG(mode="all"), data, **options)
