@@ -191,7 +191,7 @@ def _measure(case: Case, batches: Sequence[int], repeats: int) -> dict[str, Any]
 
 
 def variants(by_layer: Sequence[int], batches: Sequence[int]) -> list[tuple[bool, int]]:
-    """(prefix shared, trials in a batch): first one at a time, as the paper's code does it, then one thing is added.
+    """(prefix shared, trials in a batch): first one at a time with a pass of its own, then one thing is added.
 
     Args:
         by_layer: heads that are tried of each layer.

@@ -64,7 +64,7 @@ def calibrate(
         seconds: budget of this call; the search ends with what it found by then. With `checkpoint` the same call with
             more seconds goes on.
         batch: trials of heads that are drawn in one batch, each row with heads of its own; None = the heads of a
-            layer, 1 = one at a time. Only guidance methods on pipelines share batches.
+            layer, 1 = one at a time. Only guidance methods on pipelines share batches, and not samples with pictures.
         seed: sample i is drawn with a generator of its own, seeded with seed + i, in every trial and every pass.
         checkpoint: folder in which the search is saved after every batch or sample; the same call resumes from there.
         report: folder for `report.md` and pictures of layers and heads; needs matplotlib.

@@ -63,6 +63,11 @@ class Trials:
         self.objective, self.strategy, self.seed, self.budget = objective, strategy, seed, trials
         self.sites, self.space = _space(target, models, method, seed, trials)
         check_samples(target, samples)
+        if batch is not None and batch > 1 and not self._can_batch():
+            raise ValueError(
+                f"batch={batch}: {type(method).__name__} on a {type(target).__name__} is tried one at a time; leave "
+                "batch out. Guidance methods share batches, on pipelines whose model computes their rows together"
+            )
         _check_fields(method, strategy)
         self.batch = batch if batch is not None else max((site.heads for site in self.sites), default=1)
         self.scores: dict[str, torch.Tensor] = {}  # settings -> (M,) float64, not a number where not drawn yet
@@ -153,7 +158,7 @@ class Trials:
     def _chunks(self, trials: Sequence[Trial]) -> Iterator[list[Trial]]:
         """Runs of different trials that may share a batch: they differ in their heads alone."""
         chunk: list[Trial] = []
-        room = self._room()
+        room = self.batch if self._can_batch() else 1
         for trial in {key_of(trial.settings): trial for trial in trials}.values():
             if chunk and not (len(chunk) < room and _but_heads(chunk[0]) == _but_heads(trial)):
                 yield chunk
@@ -162,12 +167,11 @@ class Trials:
         if chunk:
             yield chunk
 
-    def _room(self) -> int:
-        """How many pictures with heads of their own fit into a batch."""
+    def _can_batch(self) -> bool:
+        """Whether the pictures of a batch may have heads of their own."""
         families = [family_of(plain(model)) for model in self.models.values()]
         splits = any(family is not None and family.splits_rows for family in families)
-        able = isinstance(self.target, DiffusionPipeline) and self.method.heads_by_row and not splits
-        return self.batch if able else 1
+        return isinstance(self.target, DiffusionPipeline) and self.method.heads_by_row and not splits
 
     def _with(self, settings: Settings) -> Method:
         try:

@@ -500,7 +500,7 @@ def test_a_bare_model_is_scored_by_its_output() -> None:
 
     denoiser = FAMILIES["sd3"].build()
     inputs = inputs_of(FAMILIES["sd3"], denoiser)
-    found = search(denoiser, [inputs], lambda o, _: [float(o[0][0].mean())], batch=4)
+    found = search(denoiser, [inputs], lambda o, _: [float(o[0][0].mean())])
     assert len(record_of(found).report["trials"]) == 6
 
 
@@ -727,3 +727,15 @@ def test_a_kill_while_the_checkpoint_is_written_leaves_the_one_before(
     assert before != b"half a file"
     resumed = steer.calibrate(pipe, PAG(mode="all"), data, checkpoint=tmp_path, **options)
     assert resumed == steer.calibrate(pipe, PAG(mode="all"), data, **options)
+
+
+def test_a_batch_that_is_asked_for_and_cannot_be_is_refused() -> None:
+    def score(pictures: Any, prompts: Sequence[Any]) -> list[float]:
+        raise AssertionError("nothing may be drawn")
+
+    mochi, model = PIPELINES["mochi"].build(), FAMILIES["sd3"].build()
+    for target, data in ((mochi, samples("mochi", mochi, 1)), (model, [inputs_of(FAMILIES["sd3"], model)])):
+        before = snapshot(target)
+        with pytest.raises(ValueError, match=r"batch=2: PAG on a .* is tried one at a time; leave batch out"):
+            steer.calibrate(target, PAG(mode="all"), data, objective=score, batch=2, progress=False)
+        assert_untouched(before, target)
