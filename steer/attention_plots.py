@@ -11,6 +11,7 @@ import torch
 
 from steer.apply import apply, sites
 from steer.capture import Capture, capture
+from steer.figures import subplots
 from steer.method import Method
 from steer.select import expand_braces, matches
 from steer_patches.generation import generates
@@ -139,12 +140,11 @@ def draw_heads(
         title, label: of the whole picture, and of the colour bar.
         log: colours on a logarithmic scale; what is not above 0 stays white.
     """
-    pyplot = _pyplot()
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = next(iter(tables.values())).shape
     size = (1.5 + len(tables) * min(8.0, max(2.5, heads / 4)), min(10.0, max(2.5, layers / 4)))
-    figure, panels = pyplot.subplots(1, len(tables), figsize=size, layout="constrained", squeeze=False)
+    figure, panels = subplots(1, len(tables), figsize=size, squeeze=False)
     for panel, (name, table) in zip(panels[0], tables.items(), strict=True):
         image = panel.imshow(
             table.float().cpu().numpy(), aspect="auto", interpolation="nearest", norm=_norm(tables.values(), log)
@@ -155,7 +155,6 @@ def draw_heads(
     figure.colorbar(image, ax=list(panels[0]), label=label)
     figure.suptitle(title)
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 def draw_map(
@@ -170,12 +169,10 @@ def draw_map(
         title: of the picture.
         log: colours on a logarithmic scale, from 1e-5.
     """
-    pyplot = _pyplot()
-
     count = weights.shape[-1]
     labelled = tokens is not None and count <= LABELLED
     side = max(4.0, 0.22 * count) if labelled else 7.0
-    figure, panel = pyplot.subplots(figsize=(side + 1.5, side), layout="constrained")
+    figure, panel = subplots(figsize=(side + 1.5, side))
     image = panel.imshow(weights.float().cpu().numpy(), interpolation="nearest", norm=_norm([weights], log))
     panel.set(title=title, xlabel="key", ylabel="query")
     if labelled:
@@ -184,7 +181,6 @@ def draw_map(
         panel.set_yticks(range(count), names, fontsize=7)
     figure.colorbar(image, ax=panel, label="attention")
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)
 
 
 def _layers_of(method: Method) -> tuple[list[str], int]:
@@ -241,14 +237,3 @@ def _norm(tables: Iterable[torch.Tensor], log: bool) -> Any:
     if not len(positive):
         raise ValueError("a logarithmic scale shows values above 0, and there are none")
     return LogNorm(max(float(positive.min()), 1e-5 * top), top, clip=False)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install 'steer-attention[plot]'") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from steer.figures import subplots
 from steer.findings import Findings, short_names
 from steer.plan import Plan
 
@@ -29,7 +30,7 @@ def draw_round(found: Findings, number: int, file: Path) -> None:
         number: of the round, one of `found.rounds`.
         file: PNG to write.
     """
-    pyplot = _pyplot()
+    from matplotlib import colormaps
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
@@ -37,8 +38,8 @@ def draw_round(found: Findings, number: int, file: Path) -> None:
     layers, heads = table.shape
     reach = max(table[~table.isnan()].abs().tolist(), default=0.0) or 1.0
     size = (min(14.0, max(6.0, 2.5 + heads * 0.36)), min(20.0, max(3.6, 1.6 + layers * 0.3)))
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    colours = pyplot.get_cmap("RdBu").with_extremes(bad=GREY)
+    figure, axes = subplots(figsize=size)
+    colours = colormaps["RdBu"].with_extremes(bad=GREY)
     image = axes.imshow(table.numpy(), aspect="auto", interpolation="nearest", cmap=colours, vmin=-reach, vmax=reach)
     for place, ((site, head), chosen_in) in enumerate(found.chosen, 1):
         if chosen_in is not None and chosen_in <= number:
@@ -65,13 +66,11 @@ def draw_sweeps(found: Findings, file: Path) -> None:
         found: of a search in which some field has several values beside the same others.
         file: PNG to write.
     """
-    pyplot = _pyplot()
-
     sweeps = found.sweeps()
     counts = [len(rows) for _, _, rows in sweeps]
-    figure, panels = pyplot.subplots(
+    figure, panels = subplots(
         len(sweeps), 1, figsize=(7, 1.4 + 0.28 * sum(counts) + 0.5 * len(counts)), height_ratios=counts,
-        layout="constrained", squeeze=False, sharex=True,
+        squeeze=False, sharex=True,
     )  # fmt: skip
     for axes, (field, others, rows) in zip(panels[:, 0], sweeps, strict=True):
         values = sorted(rows, key=_number) if all(_number(text) is not None for text in rows) else list(rows)
@@ -87,10 +86,8 @@ def draw_sweeps(found: Findings, file: Path) -> None:
 
 def draw_best(found: Findings, file: Path) -> None:
     """Gain of the best trials with 95 % intervals, the best on top."""
-    pyplot = _pyplot()
-
     rows = found.trials[:SHOWN]
-    figure, axes = pyplot.subplots(figsize=(7, 1.6 + 0.28 * len(rows)), layout="constrained")
+    figure, axes = subplots(figsize=(7, 1.6 + 0.28 * len(rows)))
     labels = [found.label(row) for row in rows]
     _dots(axes, [label if len(label) <= 48 else label[:47] + "…" for label in labels], rows)
     axes.set_xlabel("gain over no method; lines: 95 % intervals")
@@ -100,13 +97,12 @@ def draw_best(found: Findings, file: Path) -> None:
 
 def draw_progress(found: Findings, file: Path) -> None:
     """Score of every trial in the order of the search, the best so far, and the score of no method."""
-    pyplot = _pyplot()
     from matplotlib.ticker import MaxNLocator
 
     rows = sorted(found.trials, key=lambda row: row["number"])
     scores = torch.tensor([row["score"] for row in rows])
     numbers = range(1, len(rows) + 1)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = subplots(figsize=(7, 4))
     axes.plot(numbers, scores.numpy(), "o", color=GREY, markeredgecolor="#777777", label="trial")
     axes.step(numbers, scores.cummax(0).values.numpy(), where="post", color=BLUE, linewidth=2, label="best so far")
     axes.axhline(found.report["figures"]["score without"], color="black", linestyle="--", lw=1, label="no method")
@@ -126,14 +122,14 @@ def draw_table(plan: Plan, table: torch.Tensor, names: Sequence[str] | None, fil
         names: of the choices; None = it holds figures.
         file: PNG to write.
     """
-    pyplot = _pyplot()
+    from matplotlib import colormaps
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
     groups, layers, heads = table.shape
     size = (1.5 + groups * min(8, max(2.5, heads / 4)), min(10, max(2.5, layers / 4)))
-    figure, panels = pyplot.subplots(1, groups, figsize=size, layout="constrained", squeeze=False)
-    colours = pyplot.get_cmap("tab10" if names and len(names) <= 10 else "viridis")
+    figure, panels = subplots(1, groups, figsize=size, squeeze=False)
+    colours = colormaps["tab10" if names and len(names) <= 10 else "viridis"]
     top = (10 if len(names) <= 10 else len(names)) - 1 if names else None
     for panel, start, values in zip(panels[0], plan.starts, table, strict=True):
         image = panel.imshow(values.float().numpy(), aspect="auto", interpolation="nearest", cmap=colours, vmax=top)
@@ -181,13 +177,3 @@ def _number(text: str) -> Any:
 
 def _write(figure: Any, file: Path) -> None:
     figure.savefig(file, dpi=DPI)
-    _pyplot().close(figure)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot

@@ -16,7 +16,7 @@ from steer.query_row import last_tokens
 from steer_patches.family import family_of
 from steer_patches.generation import generates
 from steer_patches.pictures import Pictures
-from steer_patches.site import Call, Next, Run
+from steer_patches.site import Call, Next, Role, Run
 from steer_patches.sites import plain
 
 COLUMNS = ("text", "image", "all")
@@ -256,7 +256,7 @@ def capture(
     columns: str | Sequence[int] = "text",
     queries: str = "all",
     keep_heads: bool = False,
-    rows: str | None = None,
+    rows: Role | None = None,
     steps: str | range | None = None,
     detach: bool = True,
     effective: bool = False,

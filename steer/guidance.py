@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 
-from steer.method import Method
+from steer.method import Method, Span
 from steer.select import SelectorError, by_row
 from steer_patches.attach import Attachment, batch_of, does_cfg
 from steer_patches.blocks import map_tensors, take_rows
@@ -54,9 +54,9 @@ class Guidance(Method, register=False):
             their defaults.
     """
 
-    scale: float = 3.0
-    adaptive_scale: float = 0.0
-    extra: str = "separate"
+    scale: Annotated[float, Span(0, 10)] = 3.0
+    adaptive_scale: Annotated[float, Span(0, 0.05)] = 0.0
+    extra: Literal["separate", "batched"] = "separate"
     share_prefix: bool = True
     preset: str | None = None
 

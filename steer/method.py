@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 
 from steer.select import Heads, parse_steps
 from steer_kernels.order import TokenOrder
 from steer_patches.family import Family
-from steer_patches.site import KINDS, ROLES, Call, Next, Scope, Site
+from steer_patches.site import KINDS, ROLES, Call, Next, Role, Scope, Site
 
 if TYPE_CHECKING:
     from steer.plan import Plan, Search
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 STAGES = ("inputs", "scores", "output", "kernel")  # from the outermost wrapper to the innermost
 
 _REGISTRY: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a form offers for a number, `scale: Annotated[float, Span(0, 10)] = 3.0`; the method may take others too.
+
+    Args:
+        low, high: both included.
+        step: between two offered values; None = 1 for integers, else a power of ten, a hundredth of the span or less.
+    """
+
+    low: float
+    high: float
+    step: float | None = None
 
 
 @dataclass(kw_only=True)
@@ -41,8 +55,8 @@ class Method:
     layers: str | Sequence[str] | None = None
     heads: Heads | None = None
     steps: str | range | None = None
-    rows: str | None = None
-    min_tokens: int = 0
+    rows: Role | None = None
+    min_tokens: Annotated[int, Span(0, 1024)] = 0
 
     kinds: ClassVar[tuple[str, ...]] = KINDS
     stage: ClassVar[str] = "output"

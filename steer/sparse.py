@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
-from steer.method import Method
+from steer.method import Method, Span
 from steer.select import SelectorError, parse_steps
 from steer_kernels import BlockMask, block_sparse_attention
-from steer_kernels.block_sparse.api import BACKENDS
+from steer_kernels.block_sparse.api import BACKENDS, Backend
 from steer_kernels.order import TokenOrder
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Scope, Site
@@ -99,9 +99,9 @@ class Sparse(Method, register=False):
     """
 
     preset: str | None = None
-    dense_layers: int | None = None
-    block_size: int | None = None
-    backend: str | None = None
+    dense_layers: Annotated[int, Span(0, 12)] | None = None
+    block_size: Annotated[int, Span(16, 128)] | None = None
+    backend: Backend | None = None
 
     stage: ClassVar[str] = "kernel"
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")

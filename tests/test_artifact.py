@@ -71,6 +71,8 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     }
     if kind in known:
         return known[kind]
+    if kind is typing.Literal:
+        return st.sampled_from(inside)
     if isinstance(kind, type) and issubclass(kind, Sequence):
         items = st.lists(values_of(inside[0]), min_size=1, max_size=4)
         return items | items.map(tuple)

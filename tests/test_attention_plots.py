@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,14 @@ def test_commands(tmp_path: Path) -> None:
     steer.RetrievalHeads(plan=plan).save(str(tmp_path / "found"))
     assert "2 layers x 4 heads" in run("heads", str(tmp_path / "found"))
     assert "it has score" in run("heads", str(tmp_path / "found"), "--table", "scores")
+
+
+def test_pictures_drawn_at_once_do_not_mix(tmp_path: Path) -> None:
+    tables = [torch.rand(30, 30, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    for number, table in enumerate(tables):
+        draw_map(table, tmp_path / f"alone-{number}.png", title=str(number))
+    with ThreadPoolExecutor(5) as pool:
+        list(pool.map(lambda i: draw_map(tables[i], tmp_path / f"at-once-{i}.png", title=str(i)), range(5)))
+    for number in range(5):
+        at_once, alone = (tmp_path / f"{name}-{number}.png" for name in ("at-once", "alone"))
+        assert at_once.read_bytes() == alone.read_bytes()

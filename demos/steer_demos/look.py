@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 import typer
 from PIL import Image, ImageOps
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 import steer
 from steer.method import Method
@@ -101,6 +101,7 @@ def look_at(
     method: Method | None = None,
     raw: bool = False,
     max_new_tokens: int = 16,
+    on_token: Callable[[int], None] | None = None,
 ) -> Look:
     """Let a model answer greedily, and read where the tokens of its answer look.
 
@@ -113,6 +114,7 @@ def look_at(
         method: applied for the time of the answer; what is read is the attention that it makes.
         raw: `question` is the whole prompt; there is no chat template around it.
         max_new_tokens: of the answer.
+        on_token: called after each token with how many there are; what it raises ends the answer.
 
     Raises:
         ValueError: no question, no pictures where some are needed or the other way round, layers or a head that do
@@ -130,6 +132,7 @@ def look_at(
         raise ValueError(f"head={head} does not exist; {sites[0].name} has heads 0 to {sites[0].heads - 1}")
     inputs = _inputs(processor, question, pictures, raw)
     inputs = inputs.to(model.device, model.dtype) if sees else inputs.to(model.device)
+    told = StoppingCriteriaList([] if on_token is None else [_Told(on_token, inputs["input_ids"].shape[1])])
     reading = steer.capture(
         model,
         [site.name for site in sites],
@@ -139,7 +142,9 @@ def look_at(
         effective=method is not None,
     )
     with steer.apply(model, method) if method is not None else nullcontext(), reading as captured:
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, stopping_criteria=told
+        )
     sequence = output[0].tolist()
     new = sequence[inputs["input_ids"].shape[1] :]
     maps = torch.stack([found[0] if head is None else found[0, head] for found in captured.maps.values()])
@@ -156,6 +161,17 @@ def look_at(
         tuple(columns),
         captured.pictures,
     )
+
+
+class _Told(StoppingCriteria):
+    """Ends nothing: tells how many tokens there are behind the prompt."""
+
+    def __init__(self, on_token: Callable[[int], None], prompt: int) -> None:
+        self.on_token, self.prompt = on_token, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.on_token(input_ids.shape[1] - self.prompt)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _layers(model: PreTrainedModel, layers: str | None) -> list[Any]:

@@ -1,11 +1,15 @@
 """Drawn scenes for the vision-language model: shapes and emoji with exact boxes, questions about them, and answers.
 
-A scene follows from its seed alone. Training draws seeds below `EVALUATION_SEED`, evaluation starts there.
+A scene follows from its seed alone. Training draws seeds below `EVALUATION_SEED`, evaluation starts there. The first of
+those come with the package, so that they can be looked at without what draws them: the packages of
+`steer-attention[train]`, and npm for the icons. `python -m steer_demos.scenes` draws these files anew.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -15,6 +19,8 @@ from steer_demos.emoji import STYLES, concepts, render_all
 CANVAS = 96
 PATCH = 16  # pixels; the vision tower sees a grid of 6 x 6
 EVALUATION_SEED = 2**40
+READY = 40  # scenes that come with the package, from EVALUATION_SEED on
+FOLDER = Path(__file__).parent / "weights" / "emoji-vlm" / "scenes"  # their pictures, one below the other, and things
 SIZES = (20, 34)  # pixels, both included
 GAP = 2  # pixels between any two boxes
 UNDECIDED = 6  # pixels: nearer to a middle line than this, a thing is in no corner
@@ -127,6 +133,23 @@ class Question:
 
 def draw_scene(seed: int) -> Scene:
     """The scene of `seed`: two to five things, some of them alike, that do not overlap."""
+    number = seed - EVALUATION_SEED
+    return ready_scenes()[number] if 0 <= number < READY else _draw_scene(seed)
+
+
+@cache
+def ready_scenes() -> tuple[Scene, ...]:
+    """The scenes that come with the package."""
+    with Image.open(FOLDER / "scenes.webp") as sheet:
+        pictures = np.asarray(sheet.convert("RGB")).reshape(-1, CANVAS, CANVAS, 3)
+    listed = json.loads((FOLDER / "scenes.json").read_text(encoding="utf-8"))
+    return tuple(
+        Scene(tuple(Thing(name, tuple(box)) for name, box in things), picture)
+        for things, picture in zip(listed, pictures, strict=True)
+    )
+
+
+def _draw_scene(seed: int) -> Scene:
     chance = np.random.default_rng(seed)
     names = _draw_names(chance)
     boxes: list[tuple[int, int, int, int]] = []
@@ -334,3 +357,16 @@ def training_questions(scene: Scene, chance: np.random.Generator) -> list[Questi
 def _different(questions: Sequence[Question]) -> list[Question]:
     # Two splits may choose the same name, and two draws the same question.
     return list({question.text: question for question in questions}.values())
+
+
+def _write_ready() -> None:
+    scenes = [_draw_scene(EVALUATION_SEED + number) for number in range(READY)]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    things = [[[thing.name, thing.box] for thing in scene.things] for scene in scenes]
+    (FOLDER / "scenes.json").write_text(json.dumps(things, indent=None) + "\n", encoding="utf-8")
+    sheet = Image.fromarray(np.concatenate([scene.pixels for scene in scenes]))
+    sheet.save(FOLDER / "scenes.webp", lossless=True, quality=100, method=6)
+
+
+if __name__ == "__main__":
+    _write_ready()

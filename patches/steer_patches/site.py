@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from steer_patches.blocks import Block
     from steer_patches.generation import Text
 
-ROLES = ("uncond", "cond", "perturbed", "source", "target", "reference")
+Role = Literal["uncond", "cond", "perturbed", "source", "target", "reference"]
+ROLES: tuple[Role, ...] = get_args(Role)
 KINDS = ("self", "cross", "joint", "temporal", "causal", "text")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from steer.method import Method
+from steer.method import Method, Span
 from steer.plan import Plan
 from steer_kernels import partial
 from steer_kernels.estimate import column_mass
@@ -61,11 +61,11 @@ class ACT(Method):
     Source: Yu et al., "Unveiling and Harnessing Hidden Attention Sinks", arXiv 2406.15765.
     """
 
-    beta: float = 0.4
-    alpha: float = 5.0
-    threshold: float | None = None
-    keep_first: int = 1
-    dense_layers: int = 2
+    beta: Annotated[float, Span(0, 1)] = 0.4
+    alpha: Annotated[float, Span(0.5, 20)] = 5.0
+    threshold: Annotated[float, Span(0, 0.5)] | None = None
+    keep_first: Annotated[int, Span(0, 8)] = 1
+    dense_layers: Annotated[int, Span(0, 12)] = 2
     plan: Plan | None = None
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from steer.method import Span
 from steer.methods.retrieval_heads import RetrievalSearch, check_scores, plan_of, planned
 from steer.plan import Plan
 from steer.windowed import Windowed
@@ -44,9 +45,9 @@ class DuoAttention(Windowed):
     """
 
     plan: Plan | None = None
-    share: float = 0.5
-    sink: int = 64
-    recent: int = 256
+    share: Annotated[float, Span(0, 1)] = 0.5
+    sink: Annotated[int, Span(0, 256)] = 64
+    recent: Annotated[int, Span(1, 1024)] = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from steer.gaze import Gaze, most, read_before
-from steer.method import Method
+from steer.method import Method, Span
 from steer.query_row import last_tokens, row_output, row_scores, with_rows, writing
 from steer.questions import content_tokens, question_of, question_template
 from steer.select import SelectorError, select
@@ -91,14 +91,14 @@ class GIFT(Method):
     arXiv 2510.22067.
     """
 
-    alpha: float = 5.0
-    beta: float = 1.0
-    share: float = 0.5
-    question_share: float = 0.5
-    clamp: float = 3.0
+    alpha: Annotated[float, Span(0, 10)] = 5.0
+    beta: Annotated[float, Span(0.1, 2)] = 1.0
+    share: Annotated[float, Span(0.05, 1)] = 0.5
+    question_share: Annotated[float, Span(0.05, 1)] = 0.5
+    clamp: Annotated[float, Span(0.5, 10)] = 3.0
     saliency: Sequence[int] | None = None
-    before: int = 0
-    after: int = 0
+    before: Annotated[int, Span(0, 64)] = 0
+    after: Annotated[int, Span(0, 64)] = 0
     words: torch.Tensor | None = field(default=None, repr=False)
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)

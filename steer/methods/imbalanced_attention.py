@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from steer.method import Method
+from steer.method import Method, Span
 from steer.patch_scores import attention_received, has_class_token, score_maps, token_scores, tower_ends
 from steer.query_row import brought, row_output, row_scores, with_rows, writing
 from steer.without_pictures import guided, logits_without, places_of_logits
@@ -78,13 +78,13 @@ class ImbalancedAttention(Method):
     strength per head that the abstract announces. The guidance is that of Liu et al., "PAI", arXiv 2407.21771.
     """
 
-    alpha: float = 0.7
-    beta: float = 0.3
-    local_ratio: float = 0.25
+    alpha: Annotated[float, Span(0, 2)] = 0.7
+    beta: Annotated[float, Span(0, 1)] = 0.3
+    local_ratio: Annotated[float, Span(0, 1)] = 0.25
     summary: str | float = OUTLIERS
-    gamma: float = 1.1
-    cutoff: float = 0.1
-    dense_layers: int = 2
+    gamma: Annotated[float, Span(1, 2)] = 1.1
+    cutoff: Annotated[float, Span(0, 1)] = 0.1
+    dense_layers: Annotated[int, Span(0, 12)] = 2
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     stage: ClassVar[str] = "kernel"

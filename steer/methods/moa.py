@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from steer.allocation import allocate
-from steer.method import Method
+from steer.method import Method, Span
 from steer.plan import Plan, Search
 from steer.sensitivity import Measure, effect_of_windows
 from steer.windowed import Windowed
@@ -46,8 +46,8 @@ class MoA(Windowed):
     """
 
     plan: Plan | None = None
-    n_sink: int = 64
-    block_size: int = 64
+    n_sink: Annotated[int, Span(0, 128)] = 64
+    block_size: Annotated[int, Span(1, 128)] = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()

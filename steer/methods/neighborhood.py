@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import torch
 
+from steer.method import Span
 from steer.select import SelectorError
 from steer.sparse import Prepared, Sparse, Tokens, valid_keys
 from steer_kernels import BlockMask, order, patterns
@@ -18,7 +19,8 @@ from steer_kernels.order import TokenOrder
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Site
 
-SHAPES = ("box", "tiles", "disc")
+Shape = Literal["box", "tiles", "disc"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 WHOLE = 1 << 20  # a window longer than any axis
 Axes = tuple[int, ...]  # one number for frames, height and width each
 
@@ -63,8 +65,8 @@ class NeighborhoodAttention(Sparse):
     stride: int | Sequence[int] | None = None
     dilation: int | Sequence[int] | None = None
     tile: int | Sequence[int] | None = None
-    shape: str = "box"
-    scale_factor: float = 1.0
+    shape: Shape = "box"
+    scale_factor: Annotated[float, Span(0.5, 2)] = 1.0
 
     defaults: ClassVar[Mapping[str, Any]] = {"steps": "0.3:", "stride": 1, "dilation": 1}
     without_preset: ClassVar[str] = "give `window=`"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from steer.guidance import Guidance
+from steer.method import Span
 from steer_kernels import partial
 from steer_patches.site import Call, Next
 
@@ -35,8 +36,8 @@ class PAG(Guidance):
     PAG pipelines; the joint rule on models other than SD3 is an extension of it.
     """
 
-    mode: str = "image"
-    strength: float = 1.0
+    mode: Literal["image", "all"] = "image"
+    strength: Annotated[float, Span(0, 1)] = 1.0
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
     any_order: ClassVar[bool] = True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
+from steer.method import Span
 from steer.plan import Plan, Search
 from steer.sparse import Prepared, Sparse, Tokens, fitted, valid_keys
 from steer_kernels import BlockMask, block_mass, block_profile, block_sparse_attention
@@ -50,7 +51,7 @@ class PAROAttention(Sparse):
     """
 
     plan: Plan | None = None
-    density: float | None = None
+    density: Annotated[float, Span(0.1, 1)] | None = None
 
     defaults: ClassVar[Mapping[str, Any]] = {"steps": ":", "block_size": 64, "density": 0.5}
     without_preset: ClassVar[str] = "`steer.calibrate`"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from steer.method import Span
 from steer.sparse import Prepared, Sparse, Tokens
 from steer_kernels import patterns
 from steer_patches.site import Site
@@ -31,9 +32,9 @@ class RadialAttention(Sparse):
     the block lose no tokens here, and the mask is made anew for every size.
     """
 
-    decay: float | None = None
+    decay: Annotated[float, Span(0, 2)] | None = None
     key_frame_sink: bool | None = None
-    key_block: int | None = None
+    key_block: Annotated[int, Span(16, 128)] | None = None
 
     needs_video: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"steps": "0.24:", "decay": 0.95, "key_frame_sink": False}

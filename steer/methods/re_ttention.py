@@ -7,16 +7,18 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
+from steer.method import Span
 from steer.sparse import Prepared, Sparse, Tokens, fitted, ordered, restored
 from steer_kernels import BlockMask, block_sparse_attention, partial, patterns
 from steer_kernels.order import TokenOrder, axes
 from steer_patches.site import Call, Next, Run, Scope, Site
 
-RESIDUALS = ("device", "cpu", "int8")
+Residual = Literal["device", "cpu", "int8"]
+RESIDUALS: tuple[Residual, ...] = get_args(Residual)
 
 
 class Kept(NamedTuple):
@@ -79,11 +81,11 @@ class ReTtention(Sparse):
     are those of the published code; the log-sum-exps, which need no map of the attention, are not in it.
     """
 
-    keep: float | None = None
-    ramp: float | None = None
-    period: int | None = None
+    keep: Annotated[float, Span(0.05, 1)] | None = None
+    ramp: Annotated[float, Span(0, 0.2)] | None = None
+    period: Annotated[int, Span(1, 10)] | None = None
     clamp: bool = False
-    residual: str = "device"
+    residual: Residual = "device"
 
     defaults: ClassVar[Mapping[str, Any]] = {"steps": "0.3:", "keep": 0.03125, "ramp": 0.04, "period": 5}
 

@@ -7,18 +7,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 
-from steer.method import Method
+from steer.method import Method, Span
 from steer.plan import Plan, Search
 from steer.select import select
 from steer_patches.family import Family
 from steer_patches.site import Call, Next, Scope, Site
 from steer_patches.sites import find_sites, plain
 
-HOW = ("mean", "zero")
+How = Literal["mean", "zero"]
+HOW: tuple[How, ...] = get_args(How)
 COUNTS = ("distinct", "every")
 RETRIEVAL, STRONG = 0.1, 0.5  # scores from which the paper calls a head a retrieval head, and a strong one
 MAX_NEW_TOKENS = 50
@@ -54,8 +55,8 @@ class RetrievalHeads(Method):
     """
 
     plan: Plan | None = None
-    k: int = 10
-    how: str = "mean"
+    k: Annotated[int, Span(0, 50)] = 10
+    how: How = "mean"
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     stage: ClassVar[str] = "inputs"

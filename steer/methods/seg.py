@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from steer.guidance import Guidance
+from steer.method import Span
 from steer_patches.site import Call, Next
 
 INFINITE = 9999.0  # the reference takes every larger sigma as infinite
@@ -32,7 +33,7 @@ class SEG(Guidance):
     convolution; on non-square grids the kernel is cut to each axis (the reference takes square grids only).
     """
 
-    sigma: float = math.inf
+    sigma: Annotated[float, Span(0, 10)] = math.inf
 
     kinds: ClassVar[tuple[str, ...]] = ("self", "joint")
     stage: ClassVar[str] = "inputs"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from steer.guidance import Guidance
+from steer.method import Span
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class SLG(Guidance):
     Source: Stability AI's SD3.5 recipe; checked against `skip_guidance_layers` of diffusers' StableDiffusion3Pipeline.
     """
 
-    scale: float = 2.8
+    scale: Annotated[float, Span(0, 10)] = 2.8
     steps: str | range | None = "0.01:0.2"
     skips_blocks: ClassVar[bool] = True
 

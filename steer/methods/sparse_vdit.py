@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
+from steer.method import Span
 from steer.plan import Plan, Search, step_group
 from steer.sparse import Prepared, Sparse, Tokens, fitted, ordered, restored, valid_keys
 from steer_kernels import BlockMask, block_sparse_attention
@@ -46,7 +47,7 @@ class SparseVDiT(Sparse):
     """
 
     plan: Plan | None = None
-    density: float | None = None
+    density: Annotated[float, Span(0.05, 1)] | None = None
 
     needs_video: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {"steps": ":", "density": 0.25}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 
 from steer.bind import CompositionError
+from steer.method import Span
 from steer.windowed import Ready, Sites, Windowed, is_softmax, sink_window
 from steer.windows import Group, Windows
 from steer_kernels import block_sparse_attention, merge, partial
@@ -20,7 +21,8 @@ from steer_patches.windowed_cache import WindowedLayer
 if TYPE_CHECKING:
     from steer_patches.generation import Text
 
-POSITIONS = ("original", "cache")
+Positions = Literal["original", "cache"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -46,15 +48,14 @@ class StreamingLLM(Windowed):
         positions: "cache", as published, or "original": distances are those in the text. Both are the same up to
             n_sink + n_recent tokens. "original" is exactly the masked model, right up to the trained length. None =
             "cache", but "original" for families whose preset says so.
-        evict: see `Windowed`.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, section 3.2. The
     defaults are 4 sinks, as there, and 1024 tokens in all.
     """
 
-    n_sink: int = 4
-    n_recent: int = 1020
-    positions: str | None = None
+    n_sink: Annotated[int, Span(0, 16)] = 4
+    n_recent: Annotated[int, Span(1, 2048)] = 1020
+    positions: Positions | None = None
 
     without_preset: ClassVar[str] = "yes"
 

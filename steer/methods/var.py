@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from steer.bind import CompositionError
 from steer.layer_inputs import look_at_input
-from steer.method import Method
+from steer.method import Method, Span
 from steer.methods.act import chosen
 from steer.plan import Plan
 from steer.query_row import brought, last_tokens, row_output, row_scores, with_rows, writing
@@ -73,12 +73,12 @@ class VAR(Method):
     and its code, seilk/VisAttnSink.
     """
 
-    p: float = 0.6
-    rho: float = 0.8
-    v_min: float = 0.2
-    tau: float = 20.0
+    p: Annotated[float, Span(0, 1)] = 0.6
+    rho: Annotated[float, Span(0, 1)] = 0.8
+    v_min: Annotated[float, Span(0, 1)] = 0.2
+    tau: Annotated[float, Span(1, 60)] = 20.0
     sink_dims: Sequence[int] | None = None
-    dense_layers: int = 2
+    dense_layers: Annotated[int, Span(0, 12)] = 2
     plan: Plan | None = None
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)

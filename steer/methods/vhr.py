@@ -7,19 +7,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 
-from steer.method import Method
+from steer.method import Method, Span
 from steer.query_row import last_tokens, with_rows, writing
 from steer_patches.blocks import Action, Block
 from steer_patches.family import Family
 from steer_patches.pictures import text_only
 from steer_patches.site import Call, Next, Scope, Site
 
-OUTLIERS = ("absolute", "relative", "keep")
-MEASURES = ("synchronised", "plain")
+Outliers = Literal["absolute", "relative", "keep"]
+OUTLIERS: tuple[Outliers, ...] = get_args(Outliers)
+Measure = Literal["synchronised", "plain"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 Heads = Callable[[torch.Tensor], torch.Tensor]  # output (B, H, D) of the text run -> (B, H) bool
 
@@ -54,7 +56,7 @@ class VHR(Method):
             In (0, 1); of heads that diverge alike none is above the others.
         outliers: when the rule of the second line is asked: "absolute" = s(VHD) > min_std, the published one, which
             depends on the size of the model's numbers; "relative" = s(VHD) > min_std * m(VHD); "keep" = never.
-        min_std: see there.
+        min_std: bound on s(VHD) in the rule of `outliers`.
         measure: "synchronised" = as above; "plain" = both runs without any method, before the forward: needs no layer
             run by itself, but one more prefill of the whole prompt; finds slightly other heads.
         layers: None = layer 1 and the last 14 of 32 (44 %), the layers published for LLaVA-1.5, by the model's depth;
@@ -66,11 +68,11 @@ class VHR(Method):
     constants are those of a re-implementation.
     """
 
-    alpha: float = 2.0
-    share: float = 0.5
-    outliers: str = "absolute"
-    min_std: float = 1.0
-    measure: str = "synchronised"
+    alpha: Annotated[float, Span(0, 4)] = 2.0
+    share: Annotated[float, Span(0.05, 0.95)] = 0.5
+    outliers: Outliers = "absolute"
+    min_std: Annotated[float, Span(0, 3)] = 1.0
+    measure: Measure = "synchronised"
 
     kinds: ClassVar[tuple[str, ...]] = ("causal",)
     stage: ClassVar[str] = "output"

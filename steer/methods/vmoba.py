@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
+from steer.method import Span
 from steer.sparse import Prepared, Sparse, Tokens, valid_keys
 from steer_kernels import BlockMask, block_sparse_attention
 from steer_kernels.order import tiles
@@ -30,8 +31,10 @@ PUBLISHED: dict[Tile, dict[str, Any]] = {
 # chunks on each axis (T, H, W) that the default sizes aim at, for frames, windows and boxes: 7, 36 and 48 in all
 CHUNKS = {"frames": (7, 1, 1), "window": (1, 6, 6), "box": (3, 4, 4)}
 KINDS = tuple(CHUNKS)  # of layer l, the one at l mod 3
-SCOPES = ("query", "head", "overall", "block")
-ROUTERS = ("pooled", "union")
+PickScope = Literal["query", "head", "overall", "block"]
+SCOPES: tuple[PickScope, ...] = get_args(PickScope)
+Router = Literal["pooled", "union"]
+ROUTERS: tuple[Router, ...] = get_args(Router)
 
 
 @dataclass(kw_only=True)
@@ -74,10 +77,10 @@ class VMoBA(Sparse):
     """
 
     k: int | Sequence[int] | None = None
-    threshold: float | None = None
-    scope: str = "query"
-    router: str = "pooled"
-    frames: int | None = None
+    threshold: Annotated[float, Span(0, 1)] | None = None
+    scope: PickScope = "query"
+    router: Router = "pooled"
+    frames: Annotated[int, Span(1, 16)] | None = None
     window: Sequence[int] | None = None
     box: Sequence[int] | None = None
 

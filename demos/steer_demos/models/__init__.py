@@ -21,6 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+FITTED = Path(__file__).parent.parent / "fitted"
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,30 @@ def call_options(name: str) -> dict[str, Any]:
     return dict(EMBEDDED[name].call) if name in EMBEDDED else {}
 
 
-def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+def fitted(model: str, method: str) -> Path | None:
+    """The folder of a method that was fitted to an embedded model and comes with the package; None if there is none."""
+    return FITTED / model / method if (model, method) in list_fitted() else None
+
+
+def list_fitted() -> list[tuple[str, str]]:
+    """The methods that come fitted to embedded models: (name of the model, class name of the method)."""
+    return [(model, file.parent.name) for model in EMBEDDED for file in sorted((FITTED / model).glob("*/steer.json"))]
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    use_safetensors: bool | None = None,
+) -> Any:
     """Load a model through its real class.
 
     Args:
         name: an embedded model (never touches the network), a folder written by `save_pretrained`, or a hub id.
         device: by default `cuda` where there is one, else `cpu`.
         dtype: by default bfloat16 on CUDA and float32 elsewhere.
+        use_safetensors: True = nothing else is read, so that no file can run code (a pickle can); None = safetensors
+            where there are some.
 
     Returns:
         A diffusers pipeline; for a transformers model the pair (model, processor) in evaluation mode, where the
@@ -154,13 +172,13 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
     if embedded is not None and embedded.module is not None:
         return import_module(embedded.module).load(device, dtype)
     if embedded is not None:
-        return _load_pipeline(embedded.folder, device, dtype)
+        return _load_pipeline(embedded.folder, device, dtype, use_safetensors)
     if Path(name).is_dir():
         folder = Path(name)
         if (folder / "model_index.json").exists():
-            return _load_pipeline(folder, device, dtype)
+            return _load_pipeline(folder, device, dtype, use_safetensors)
         if (folder / "config.json").exists():
-            return _load_transformer(folder, device, dtype)
+            return _load_transformer(folder, device, dtype, use_safetensors)
         if (folder / "adapter.safetensors").exists():  # what `steer train emoji-vlm` writes: all but the language model
             return import_module("steer_demos.models.emoji_vlm").load(device, dtype, weights=folder)
         raise ValueError(
@@ -169,8 +187,8 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
         )
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         if _is_pipeline(str(name)):
-            return DiffusionPipeline.from_pretrained(str(name), dtype=dtype).to(device)
-        return _load_transformer(str(name), device, dtype)
+            return DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=use_safetensors).to(device)
+        return _load_transformer(str(name), device, dtype, use_safetensors)
     raise ValueError(
         f"no model {str(name)!r}. Embedded models: {', '.join(EMBEDDED)}. "
         "A folder must exist and hold model_index.json or config.json; a hub id looks like owner/name."
@@ -197,14 +215,21 @@ def load_pipeline(name: str | Path, clips: bool | None = None) -> DiffusionPipel
     return pipe
 
 
-def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_pipeline(
+    folder: Path, device: torch.device, dtype: torch.dtype, use_safetensors: bool | None
+) -> DiffusionPipeline:
     # diffusers refuses a folder saved without a required component, such as the T5 of an SD3 pipeline, unless told so.
     index = json.loads((folder / "model_index.json").read_text())
     absent = {name: None for name, value in index.items() if value == [None, None]}
-    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent).to(device)
+    pipe = DiffusionPipeline.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=use_safetensors, **absent
+    )
+    return pipe.to(device)
 
 
-def _load_transformer(source: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_transformer(
+    source: str | Path, device: torch.device, dtype: torch.dtype, use_safetensors: bool | None
+) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     local = isinstance(source, Path)
@@ -213,7 +238,7 @@ def _load_transformer(source: str | Path, device: torch.device, dtype: torch.dty
     model_class, processor_class = (
         (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
     )
-    model = model_class.from_pretrained(source, dtype=dtype, local_files_only=local)
+    model = model_class.from_pretrained(source, dtype=dtype, local_files_only=local, use_safetensors=use_safetensors)
     return model.to(device).eval(), processor_class.from_pretrained(source, local_files_only=local)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 
@@ -14,7 +14,8 @@ from steer_kernels.config import config
 from steer_kernels.rule import ModRule, TokenRule
 from steer_kernels.shapes import check_attention
 
-BACKENDS = ("triton", "gather", "flex", "reference")  # in the order of preference
+Backend = Literal["triton", "gather", "flex", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)  # in the order of preference
 
 
 @overload
