@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 # As root, and without the calls home that a closed network refuses.
@@ -28,6 +29,8 @@ FLAGS = [
     "--disable-sync",
 ]
 START, WAIT = 180, 120  # seconds: until the app answers; for anything in the page, the first load of a model included
+# Gradio closes the stream of events as a page is left, and where a run is still on its way, says so as an error.
+LEFT = "window.addEventListener('beforeunload', () => { console.error = () => {} })"
 COMMAND = "import typer; from steer_demos.app import app; typer.run(app)"
 
 
@@ -66,7 +69,9 @@ def serving() -> Any:
 @contextmanager
 def start(log: Path, *options: str) -> Iterator[Served]:
     """`steer app` with options, in a process of its own."""
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # as many threads as the tests compute with: sums in another order round differently, and pictures are compared
+    same = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, **same}
     with log.open("wb") as written:
         process = subprocess.Popen(
             [sys.executable, "-u", "-c", COMMAND, *options], env=environment, stdout=written, stderr=subprocess.STDOUT
@@ -107,13 +112,15 @@ class Visit:
 def visit(chromium: Any, served: Served) -> Iterator[Any]:
     """Opens the page for a visitor with a session of their own: `visit("?tab=video")`.
 
-    After the test no page may have written an error to its console, or asked another host for anything.
+    After the test no page may have written an error to its console before it was left, or asked another host for
+    anything.
     """
     visits: list[Visit] = []
 
     def opened(query: str = "", width: int = 1280, height: int = 1000, url: str = served.url) -> Any:
         page = chromium.new_context(viewport={"width": width, "height": height}).new_page()
         page.set_default_timeout(WAIT * 1000)
+        page.add_init_script(LEFT)
         this = Visit(page)
         page.on("console", lambda said: this.errors.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: this.errors.append(str(error)))

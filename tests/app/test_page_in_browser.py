@@ -96,6 +96,16 @@ def test_who_stops_stops_nobody_else(visit: Any) -> None:
     assert np.array_equal(pictures[0], direct("emoji-mmdit", "a green pear", 9, 2.0)[0])
 
 
+def test_a_page_opened_anew_while_it_draws_draws_again(visit: Any) -> None:
+    page = filled(visit, steps=50)
+    press(page, "Draw")
+    page.get_by_text("without").locator("visible=true").first.wait_for()
+    page.goto(page.url.split("?")[0] + link(prompt="a red car", steps=1))
+    expect(page.get_by_label("Prompt").locator("visible=true")).to_have_value("a red car", timeout=WAIT)
+    press(page, "Draw")
+    shown(page)
+
+
 def test_who_leaves_lets_the_next_one_in(visit: Any) -> None:
     one = filled(visit, steps=50)
     press(one, "Draw")
