@@ -506,6 +506,9 @@ def test_a_steered_pipeline_is_saved_as_an_unsteered_one(name: str, tmp_path: Pa
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "steered", **absent)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipe)
+    for part in loaded.components.values():  # at an address in the file, on which it depends how a product is rounded
+        for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            weight.data = weight.data.clone()
     assert torch.equal(generate(loaded, tiny.call_kwargs(loaded)), plain)
     assert torch.equal(steered(loaded, name, tiny.call_kwargs(loaded)), guided)
 

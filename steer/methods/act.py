@@ -306,8 +306,9 @@ def calibrated(
     place = _places(sinks, most)
     key_z, value_z = (_picked(t, place.clamp(max=kv_len - 1)).to(accurate) for t in (key, value))
     normaliser = lse.masked_fill(lse == -torch.inf, torch.inf)[..., None].to(accurate)
-    # a difference of rounded numbers loses this much of them; where it would be more, the others are attended to
-    least = 1 / 16 if query.dtype in (torch.float32, torch.float64) else 1 / 2
+    # a difference of rounded numbers is 1 / rest times as far off as they are, and sqrt(2) where the two products of
+    # query and key were rounded differently, as other kernels do; where it would be more, the others are attended to
+    least = 3 / 16 if query.dtype in (torch.float32, torch.float64) else 1 / 2
 
     parts, lost = [], []
     for start in range(0, q_len, ROWS):

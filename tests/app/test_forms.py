@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from hypothesis import settings as tried
 
 import steer
 from steer.method import _REGISTRY, Method, Span
+from steer_demos import models
 from steer_demos.app import forms
 from steer_demos.app.fields import Field, fields_of
 from steer_demos.app.sources import Sources
@@ -207,3 +209,34 @@ def test_a_saved_method_is_changed_by_the_form(tmp_path: Any) -> None:
     assert found.settings() == {"scale": 4.0, "strength": 0.25}
     with pytest.raises(ValueError, match="mine holds PAG, and SEG is chosen: choose PAG"):
         forms.steering(sources, "emoji-mmdit", "SEG", {}, "mine")
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "given", "saved"),
+    [
+        *((model, method, {}, "") for model, method in models.list_fitted() if method != "PAG"),
+        ("emoji-mmdit", "PAG", {}, "fitted:emoji-mmdit/PAG"),
+        ("emoji-mmdit", "PAG", {"strength": 0.5}, "fitted:emoji-mmdit/PAG"),
+        ("emoji-vlm", "VAR", {"sink_dims": "[507]", "p": 0.5}, ""),
+        ("smollm2-135m-instruct", "MoA", {}, "mine"),
+        ("smollm2-135m-instruct", "MoA", {"evict": False, "min_tokens": 40}, "mine"),
+        ("emoji-mmdit", "PAG", {"scale": 1.5}, ""),
+    ],
+)
+def test_the_method_in_python_is_the_method_of_the_form(
+    model: str, method: str, given: dict[str, Any], saved: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if saved == "mine":
+        monkeypatch.chdir(tmp_path)
+        steer.load(models.fitted("smollm2-135m-instruct", "MoA")).save("mine")
+    made = forms.steering(Sources(folders=(tmp_path,)), model, method, given, saved)
+    line = forms.in_python(model, made, given, saved)
+    again = eval(line, {"steer": steer, "models": models, "dataclasses": dataclasses})
+    assert type(again) is type(made)
+    for each, folder in ((made, "form"), (again, "line")):
+        each.save(str(tmp_path / folder))
+    fields = (json.loads((tmp_path / folder / "steer.json").read_text())["fields"] for folder in ("form", "line"))
+    assert next(fields) == next(fields)
+    for file in (tmp_path / "form").iterdir() if "steer.load" in line else ():
+        assert file.read_bytes() == (tmp_path / "line" / file.name).read_bytes(), file.name
+    assert str(tmp_path) not in line

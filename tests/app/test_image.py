@@ -12,7 +12,7 @@ from PIL import Image
 
 import steer
 from steer_demos import models
-from steer_demos.app import drawing, image
+from steer_demos.app import drawing, forms, image
 from steer_demos.app.jobs import Job, Stopped
 from steer_demos.app.stage import Loaded
 
@@ -49,7 +49,7 @@ def test_the_pair_is_what_the_pipeline_draws(loaded: Loaded, method: Any) -> Non
 def test_the_code_that_is_shown_draws_the_steered_picture(loaded: Loaded, method: Any) -> None:
     found = pair(loaded, method)
     names: dict[str, Any] = {}
-    exec(drawing.python(loaded, method, PROMPT, 3, CALL), names)
+    exec(drawing.python(loaded, forms.in_python("emoji-mmdit", method, {}), PROMPT, 3, CALL), names)
     assert np.array_equal(names["out"].images[0], found.steered.images[0])
 
 

@@ -62,7 +62,8 @@ def test_the_code_that_is_shown_writes_the_steered_answer(
     loaded: Loaded, method: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = pair(loaded, method, prompt="Why is the sky blue?", chat=True, new_tokens=5)
-    exec(language_answers.python(loaded, method, "Why is the sky blue?", True, 5, 0.0), {})
+    made = forms.in_python(NAME, method, {})
+    exec(language_answers.python(loaded, made, "Why is the sky blue?", True, 5, 0.0), {})
     assert capsys.readouterr().out.strip() == answers.after.text.strip() != answers.before.text.strip()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny_emoji_vlm import picture, tiny_model, tiny_processor
 
 import steer
-from steer_demos.app import vision
+from steer_demos.app import forms, vision
 from steer_demos.app.jobs import Job, Stopped
 from steer_demos.app.stage import Loaded
 from steer_demos.look import _inputs, look_at, open_picture
@@ -224,7 +224,8 @@ def test_the_code_runs_and_gives_the_same_answer(
     here = Loaded(str(tmp_path), "vision", loaded.model, loaded.processor)
     method = steer.GIFT.for_processor(loaded.processor, alpha=4.0)
     found = vision.ask_pair(here, method, vision.picture_of(3, None), QUESTION, Job())
-    code = vision.python(here, method, {"alpha": 4.0}, f"scene:{2**40 + 3}", QUESTION)
+    made = forms.in_python(here.name, method, {"alpha": 4.0})
+    code = vision.python(here, made, f"scene:{2**40 + 3}", QUESTION)
     exec(compile(code, "code", "exec"), {})
     answer, share = capsys.readouterr().out.rsplit(maxsplit=1)
     look = found.looks["with GIFT"]

@@ -560,12 +560,15 @@ def test_processors_may_forbid_what_the_cutoff_leaves() -> None:
 
 
 def test_more_logits_than_text_after_the_picture() -> None:
-    """What writes is text; the tokens of a picture never do, and the branch without pictures has none of them."""
+    """What writes is text; the tokens of a picture never do, and the branch without pictures has none of them.
+
+    A product with other numbers of rows may round differently, in the model alone as well.
+    """
     model, given = double("llava"), exact(inputs("llava", [[3, Picture(), 4]]))
     with steer.apply(model, ImbalancedAttention(cutoff=0)):
         four = outputs(model, given, logits_to_keep=4).logits
         for kept in (7, 12, 23, 40):
-            assert torch.equal(outputs(model, given, logits_to_keep=kept).logits[:, -4:], four)
+            assert (outputs(model, given, logits_to_keep=kept).logits[:, -4:] - four).abs().max() <= EXACT
 
 
 def test_guidance_needs_logits() -> None:

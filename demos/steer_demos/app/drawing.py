@@ -14,7 +14,6 @@ from PIL import Image, ImageChops
 
 import steer
 from steer.compare import Comparison
-from steer.findings import python_line
 from steer.method import Method
 from steer_demos import models
 from steer_demos.app.jobs import Job
@@ -90,6 +89,11 @@ def draw_pair(
     return steer.compare(pipe, method, seed=seed, num_inference_steps=steps, **options)
 
 
+def imports(method: str) -> str:
+    """What code with this expression for a method needs from the standard library."""
+    return "import dataclasses\n\n" if "dataclasses." in method else ""
+
+
 def difference(one: Image.Image, other: Image.Image) -> Image.Image:
     """How far two pictures are apart at each pixel, made as bright as it can be; black where they are equal."""
     apart = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
@@ -124,14 +128,17 @@ def figures(found: Comparison, method: Method) -> dict[str, str]:
     return rows
 
 
-def python(loaded: Loaded, method: Method, prompt: str, seed: int, call: Mapping[str, Any]) -> str:
-    """The steered run as code to copy."""
+def python(loaded: Loaded, method: str, prompt: str, seed: int, call: Mapping[str, Any]) -> str:
+    """The steered run as code to copy.
+
+    Args:
+        method: as an expression of Python.
+    """
     options = {**models.call_options(loaded.name), **call}
     arguments = "".join(f", {name}={value!r}" for name, value in options.items())
-    made = python_line(method) or "steer.load(FOLDER)"
     return (
-        "import steer\nimport torch\nfrom steer_demos import models\n\n"
+        f"{imports(method)}import steer\nimport torch\nfrom steer_demos import models\n\n"
         f"pipe = models.load({loaded.name!r})\n"
-        f"with steer.apply(pipe, {made}):\n"
+        f"with steer.apply(pipe, {method}):\n"
         f"    out = pipe({prompt!r}{arguments}, generator=torch.Generator().manual_seed({seed}))\n"
     )

@@ -24,7 +24,7 @@ from steer.plan import Plan
 from steer.provenance import best_trials, notes, sections
 from steer_demos import models
 from steer_demos.app.jobs import Job
-from steer_demos.app.sources import FITTED
+from steer_demos.app.sources import FITTED, source_in_python
 
 Captioned = tuple[Image.Image, str]
 
@@ -265,7 +265,7 @@ def python(method: Method, name: str) -> str:
         name: what the visitor gave; empty for files that were uploaded.
     """
     model = embedded(name)
-    source = f"models.fitted({model!r}, {type(method).__name__!r})" if model else repr(name or "FOLDER")
+    source = source_in_python(name or "FOLDER")
     lines = ["import steer"]
     lines += ["from steer_demos import models"] if model else []
     lines += ["", f"method = steer.load({source})" + ("" if name else "  # the folder of the two files")]

@@ -15,11 +15,12 @@ import gradio as gr
 from gradio.context import get_blocks_context
 
 import steer
+from steer.findings import python_line
 from steer.method import Method
 from steer.opening import method_of
 from steer_demos import models
 from steer_demos.app.fields import Field, fields_of
-from steer_demos.app.sources import Sources
+from steer_demos.app.sources import FITTED, Sources, source_in_python
 
 # In the browser: the settings with one field changed. An empty field is left to the method.
 CHANGE = """(settings, value) => {{
@@ -92,20 +93,42 @@ def steering(
     cls = _class(method)
     changes = settings(cls, given)
     folder: str | Path | None = None
-    if saved and saved.strip():
-        folder = sources.open(saved)
-    elif any(field.name == "plan" for field in dataclasses.fields(cls)):
-        folder = models.fitted(model, method)
+    if named := saved_name(model, cls, saved):
+        folder = sources.open(named)
     if folder is not None:
         loaded = steer.load(str(folder))
         if type(loaded) is not cls:
             held = type(loaded).__name__
-            raise ValueError(f"{saved} holds {held}, and {method} is chosen: choose {held}")
+            raise ValueError(f"{named} holds {held}, and {method} is chosen: choose {held}")
         return dataclasses.replace(loaded, **changes) if changes else loaded
     if issubclass(cls, steer.Guidance) and "layers" not in changes and "preset" not in changes:
         layers = models.guided_layers(model)
         changes |= {"layers": layers} if layers else {}
     return method_of(method, changes, processor)
+
+
+def saved_name(model: str, method: type[Method], saved: str | None) -> str:
+    """What the method is loaded from: what the visitor named, else what was fitted to the model; empty = nothing."""
+    if saved and saved.strip():
+        return saved.strip()
+    has_plan = any(field.name == "plan" for field in dataclasses.fields(method))
+    return f"{FITTED}{model}/{method.__name__}" if has_plan and models.fitted(model, method.__name__) else ""
+
+
+def in_python(model: str, method: Method, given: Mapping[str, Any] | None, saved: str | None = "") -> str:
+    """The method that `steering` made, as an expression of Python to copy.
+
+    It stands where `steer`, `steer_demos.models`, `dataclasses` and, of a vision-language model, `processor` are known.
+    """
+    cls = type(method)
+    changes = "".join(f", {name}={value!r}" for name, value in settings(cls, given).items())
+    named = saved_name(model, cls, saved)
+    if not named and hasattr(cls, "for_processor"):
+        return f"steer.{cls.__name__}.for_processor(processor{changes})"
+    if line := python_line(method):
+        return line
+    loaded = f"steer.load({source_in_python(named)})"
+    return f"dataclasses.replace({loaded}{changes})" if changes else loaded
 
 
 @dataclass

@@ -65,7 +65,7 @@ def tab(stage: Stage, jobs: Jobs) -> Shared:
             )
         before, after = found.baseline.images[0], found.steered.images[0]
         call = {"num_inference_steps": int(steps), "guidance_scale": guidance_scale}
-        code = drawing.python(loaded, chosen, prompt, number, call)
+        code = drawing.python(loaded, forms.in_python(model, chosen, settings, saved), prompt, number, call)
         pictures = [drawing.enlarged(picture) for picture in (before, after, drawing.difference(before, after))]
         figures = drawing.table({"seed": str(number), **drawing.figures(found, chosen)})
         return *pictures, figures, found.summary, code  # type: ignore[return-value]

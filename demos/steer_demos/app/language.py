@@ -115,7 +115,8 @@ def tab(stage: Stage, jobs: Jobs) -> Shared:
             writing: dict[str, Any] = {"chat": chat, "new_tokens": new_tokens, "temperature": temperature}
             pair = language_answers.answer_pair(loaded, chosen, prompt, job, seed=number, **writing)
             before, after = pair.marked(loaded.processor)
-        code = language_answers.python(loaded, chosen, prompt, chat, int(new_tokens), temperature)
+        made = forms.in_python(model, chosen, settings, saved)
+        code = language_answers.python(loaded, made, prompt, chat, int(new_tokens), temperature)
         drawn = {"seed": str(number)} if temperature > 0 else {}
         return before, after, drawing.table({**pair.figures(chosen), **drawn}), pair.summary, code
 

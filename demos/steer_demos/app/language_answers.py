@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import steer
-from steer.findings import python_line
 from steer.method import Method
+from steer_demos.app import drawing
 from steer_demos.app.jobs import Job
 from steer_demos.app.stage import Loaded
 from steer_demos.language_measures import cache_bytes
@@ -269,9 +269,12 @@ class Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def python(loaded: Loaded, method: Method, prompt: str, chat: bool, new_tokens: int, temperature: float) -> str:
-    """The steered answer as code to copy."""
-    made = python_line(method) or "steer.load(FOLDER)"
+def python(loaded: Loaded, method: str, prompt: str, chat: bool, new_tokens: int, temperature: float) -> str:
+    """The steered answer as code to copy.
+
+    Args:
+        method: as an expression of Python.
+    """
     inputs = f"tokenizer({prompt!r}, return_tensors='pt')"
     if chat:
         message = [{"role": "user", "content": prompt}]
@@ -281,10 +284,10 @@ def python(loaded: Loaded, method: Method, prompt: str, chat: bool, new_tokens: 
         )
     sampling = f"do_sample=True, temperature={temperature:g}" if temperature > 0 else "do_sample=False"
     return (
-        "import steer\nfrom steer_demos import models\n\n"
+        f"{drawing.imports(method)}import steer\nfrom steer_demos import models\n\n"
         f"model, tokenizer = models.load({loaded.name!r})\n"
         f"inputs = {inputs}\n"
-        f"with steer.apply(model, {made}):\n"
+        f"with steer.apply(model, {method}):\n"
         f"    out = model.generate(**inputs, max_new_tokens={new_tokens}, {sampling})\n"
         "print(tokenizer.decode(out[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True))\n"
     )

@@ -68,6 +68,14 @@ class Sources:
         )
 
 
+def source_in_python(name: str) -> str:
+    """What `steer.load` is given for a name that a visitor typed, as an expression of Python to copy."""
+    if not name.startswith(FITTED):
+        return repr(name)
+    model, _, method = name.removeprefix(FITTED).partition("/")
+    return f"models.fitted({model!r}, {method!r})"
+
+
 def _below(root: Path, name: str) -> Path | None:
     """The folder of that name, if it is one below `root`: symbolic links are followed before they are compared."""
     try:

@@ -85,7 +85,8 @@ def tab(stage: Stage, jobs: Jobs) -> Shared:
         where the method acted, and the code.
         """
         with jobs.running(request, progress) as job, stage.holding(model, "clips", job) as loaded:
-            chosen = forms.steering(stage.sources, model, method, for_small(model, method, settings, saved), saved)
+            settings = for_small(model, method, settings, saved)
+            chosen = forms.steering(stage.sources, model, method, settings, saved)
             number, size = drawing.seed_of(seed), size_of(loaded, frames, height, width)
             layer = layer_of(loaded, chosen, mask_layer)
             with blocks.watching(loaded.model) as seen:
@@ -98,7 +99,7 @@ def tab(stage: Stage, jobs: Jobs) -> Shared:
         film = beside({"without": found.baseline.frames[0], name: found.steered.frames[0]})
         file = save_bytes_to_cache(as_mp4(film), f"without-and-with-{name}.mp4", clip.GRADIO_CACHE)
         call = {"num_inference_steps": int(steps), "guidance_scale": guidance_scale, **size}
-        code = drawing.python(loaded, chosen, prompt, number, call)
+        code = drawing.python(loaded, forms.in_python(model, chosen, settings, saved), prompt, number, call)
         figures = drawing.table({"seed": str(number), **rows})
         return file, figures, picture, caption, found.summary, code
 

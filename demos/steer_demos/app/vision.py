@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import steer
-from steer.findings import python_line
 from steer.method import Method
 from steer.windowed import Windowed
 from steer_demos.app import drawing, forms
@@ -217,19 +215,18 @@ def figures(found: Pair, method: Method) -> str:
     return "\n".join([*lines, "", f"{said} Times are with reading where it looks."])
 
 
-def python(loaded: Loaded, method: Method, settings: Mapping[str, Any], scene: str, question: str) -> str:
-    """The steered answer as code to copy."""
-    cls = type(method)
-    if hasattr(cls, "for_processor"):
-        made = ", ".join(["processor", *(f"{name}={value!r}" for name, value in settings.items())])
-        made = f"steer.{cls.__name__}.for_processor({made})"
-    else:
-        made = python_line(method) or "steer.load(FOLDER)"
+def python(loaded: Loaded, method: str, scene: str, question: str) -> str:
+    """The steered answer as code to copy.
+
+    Args:
+        method: as an expression of Python.
+    """
     return (
-        "import steer\nfrom steer_demos import models\nfrom steer_demos.look import look_at, open_picture\n\n"
+        f"{drawing.imports(method)}import steer\nfrom steer_demos import models\n"
+        "from steer_demos.look import look_at, open_picture\n\n"
         f"model, processor = models.load({loaded.name!r})\n"
         f"picture = open_picture({scene!r})\n"
-        f"look = look_at(model, processor, {question!r}, [picture], method={made})\n"
+        f"look = look_at(model, processor, {question!r}, [picture], method={method})\n"
         "print(look.answer, look.on(0))\n"
     )
 
@@ -274,9 +271,8 @@ def tab(stage: Stage, jobs: Jobs) -> Shared:
         drawn = draw_pictures(found.drawn, [seen_as], question, relative.strip() or None, tokens)
         drawn = ImageOps.expand(drawn, (0, LABEL, 0, 0), "white")
         answers = [look.answer for look in found.looks.values()]
-        kept = forms.settings(type(chosen), settings)
         name = "my-picture.png" if upload else f"{SCENE}{_seed(scene)}"
-        code = python(loaded, chosen, kept, name, question)
+        code = python(loaded, forms.in_python(model, chosen, settings, saved), name, question)
         return *answers, drawn, figures(found, chosen), found.summary, code  # type: ignore[return-value]
 
     start = EXAMPLES["GIFT"]
