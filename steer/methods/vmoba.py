@@ -154,9 +154,7 @@ class VMoBA(Sparse):
             return next(call)
         chunks: Chunks = ready.extra.to(call.query.device)
         query, key, value = (chunks.pad(x) for x in (call.query, call.key, call.value))
-        keep = chunks.of_blocks(self._picked(call, query, key, ready.tokens, chunks))
-        if call.heads is not None:
-            keep = keep | ~call.heads
+        keep = self._keep(call, query, key, ready.tokens, chunks)
         ready.extra.kept.copy_(keep.sum() / keep.numel())
         mask = chunks.mask(keep)
         valid = valid_keys(call, ready.tokens)
@@ -164,6 +162,19 @@ class VMoBA(Sparse):
             mask = mask.with_padding(valid.index_select(1, chunks.at))
         out = block_sparse_attention(query, key, value, mask, scale=call.scale, backend=self.backend)
         return out.index_select(2, chunks.back)
+
+    def block_mask(self, call: Call) -> BlockMask | None:
+        """The blocks that a call computes, its tokens chunk after chunk and then the text; None where it is dense."""
+        ready = self.ready(call)
+        if ready is None:
+            return None
+        chunks: Chunks = ready.extra.to(call.query.device)
+        return chunks.mask(self._keep(call, chunks.pad(call.query), chunks.pad(call.key), ready.tokens, chunks))
+
+    def _keep(self, call: Call, query: torch.Tensor, key: torch.Tensor, tokens: Tokens, chunks: Chunks) -> torch.Tensor:
+        """(B, H, n, n) bool: the key blocks of every query block; all of them in heads that are left out."""
+        keep = chunks.of_blocks(self._picked(call, query, key, tokens, chunks))
+        return keep if call.heads is None else keep | ~call.heads
 
     def _picked(
         self, call: Call, query: torch.Tensor, key: torch.Tensor, tokens: Tokens, chunks: Chunks

@@ -92,10 +92,30 @@ def test_fitted_methods_say_what_each_head_has(loaded: Loaded) -> None:
         assert sum(means) / len(means) == pytest.approx(there[0].density)
 
 
-def test_blocks_that_are_chosen_in_the_call_have_no_picture_but_a_density(loaded: Loaded) -> None:
-    _, _, (rows, picture, caption) = run(loaded, steer.VMoBA(block_size=16))
-    assert picture is None and "chosen in the call itself" in caption
-    assert rows["density"].startswith("2")
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_blocks_that_are_chosen_in_the_call_are_those_of_the_last_one(
+    loaded: Loaded, layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[torch.Tensor] = []
+
+    def written_down(self: Any, call: Any, *rest: Any) -> torch.Tensor:
+        keep = choose(self, call, *rest)
+        if call.site.name == f"blocks.{layer}.attn1":
+            kept.append(keep)
+        return keep
+
+    choose = steer.VMoBA._keep
+    monkeypatch.setattr(steer.VMoBA, "_keep", written_down)
+    _, seen, (rows, picture, caption) = run(loaded, steer.VMoBA(block_size=16), layer, steps=3)
+    in_the_run = kept[-3]  # behind it come the forward of the picture, and the look at it
+    assert len(kept) == 2 + 2 and not torch.equal(kept[0], in_the_run)  # on in two of three steps
+    there = blocks.chosen_again(loaded.model, seen, seen.bindings[0], layer)
+    assert there is not None and there.density is not None
+    assert [mask.to_bool()[0, 0].tolist() for mask in there.heads.values()] == in_the_run[0].tolist()
+    assert picture is not None and "6 heads, each with a mask of its own" in caption
+    assert "here in the last one" in caption and ("whole frames", "windows", "boxes")[layer] in caption
+    assert rows["density"].startswith(f"{100 * there.density:.1f} %")
+    assert "_steer_state" not in loaded.model.__dict__ and steer.sites(loaded.model)
 
 
 def test_methods_that_compute_everything_have_no_mask(loaded: Loaded) -> None:

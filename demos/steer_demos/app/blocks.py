@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import steer
 from steer.bind import Binding, models_of
+from steer.method import Method
 from steer.methods.paro import PERMUTATIONS, HeadOrders
 from steer.methods.sparse_vdit import MODES, SparseVDiT
+from steer.methods.vmoba import KINDS, VMoBA
 from steer.select import is_active
 from steer.simulate import AttentionFlops, amdahl, attention_flops
 from steer.sparse import Prepared, Sparse
 from steer_demos.app import drawing
 from steer_kernels import BlockMask
-from steer_patches.site import Site
+from steer_patches.site import Call, Next, Site
 from steer_patches.sites import plain
 
+CHUNKS_IN_WORDS = {"frames": "whole frames", "window": "windows through all frames", "box": "boxes"}
 SIDE = 512  # pixels that a mask is drawn in, about; half of it where each head has its own
 COLUMNS, MOST_HEADS = 3, 24  # of a picture with a mask for each head
 RASTER = "frame by frame, row by row"
@@ -35,10 +39,12 @@ class Seen:
 
     Args:
         inputs: of each model's first forward: what stands in `model(**inputs)`, by the model's key; tensors on meta.
+        last: of each model's last forward the inputs as they are.
         bindings: the sparse methods in force in the last forward, on each model that they act in.
     """
 
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    last: dict[str, dict[str, Any]] = field(default_factory=dict)
     bindings: Sequence[Binding] = ()
 
 
@@ -48,6 +54,8 @@ def watching(pipe: Any) -> Iterator[Seen]:
     seen, hooks = Seen(), []
 
     def look(key: str, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        if not args:
+            seen.last[key] = dict(inputs)
         if not args and key not in seen.inputs:
             shapes = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
             seen.inputs[key] = shapes
@@ -73,15 +81,17 @@ class Blocks:
     Args:
         site: name of the attention module.
         heads: what is drawn: label -> mask of one head (1, 1, rows, columns); one where all heads are alike. Empty
-            where the method chooses its blocks in the call itself.
+            where the method chooses its blocks in the call itself: see `chosen_again`.
         order: of the tokens along both sides, in words.
         density: share of the attention map that was computed in the layers of the method while it was on.
+        again: whether they were read in one more forward.
     """
 
     site: str
     heads: Mapping[str, BlockMask]
     order: str
     density: float | None
+    again: bool = False
 
     def picture(self) -> Image.Image | None:
         """The masks, queries down and keys across; those of several heads in rows of three."""
@@ -114,12 +124,14 @@ class Blocks:
                 f"At `{self.site}` the blocks are chosen in the call itself, from its queries and keys, anew in each "
                 "step: there is no mask to draw, but what was computed is counted."
             )
+        said = "In each step they are chosen anew from queries and keys: here in the last one. " if self.again else ""
         mask = next(iter(self.heads.values()))
         rows, columns = mask.shape[-2:]
         of = "all heads are alike" if len(self.heads) == 1 else f"{len(self.heads)} heads, each with a mask of its own"
         return (
             f"The mask at `{self.site}` ({of}): {rows} x {columns} blocks of {mask.block_size[0]} tokens, queries "
-            f"down, keys across. Black is computed, grey in part, white left out. Order of the tokens: {self.order}."
+            f"down, keys across. {said}Black is computed, grey in part, white left out. Order of the tokens: "
+            f"{self.order}."
         )
 
 
@@ -145,6 +157,44 @@ def blocks(binding: Binding, layer: int) -> Blocks:
     return Blocks(site.name, *_heads(binding.method, ready), density)
 
 
+def chosen_again(pipe: Any, seen: Seen, binding: Binding, layer: int) -> Blocks | None:
+    """The blocks of a method that chooses them in the call: of one more forward, with the inputs of the last one.
+
+    Args:
+        pipe: the pipeline, with no method on it.
+        seen: of the run.
+        binding, layer: see `blocks`.
+
+    Returns:
+        None where the method chooses nothing, or the model was called in a way that is not repeated.
+    """
+    method, inputs, site = binding.method, seen.last.get(binding.model), list(binding.live.values())[layer][0]
+    if not isinstance(method, VMoBA) or inputs is None:
+        return None
+    look, density = _Look(method=method, layers=site.name), method.computed_density(binding.live)
+    model = plain(models_of(pipe)[binding.model])
+    with torch.no_grad(), steer.apply(model, replace(method, steps=None)), steer.apply(model, look):
+        model(**inputs)
+    if not look.found or (mask := look.found[-1]) is None:
+        return None
+    order = f"chunk after chunk, which are {CHUNKS_IN_WORDS[KINDS[site.layer % 3]]}"
+    return Blocks(site.name, _each(mask), order, density, again=True)
+
+
+@dataclass(kw_only=True)
+class _Look(Method, register=False):
+    """Reads which blocks a method chooses; changes nothing."""
+
+    method: VMoBA
+    found: list[BlockMask | None] = field(default_factory=list)
+
+    stage: ClassVar[str] = "output"
+
+    def attend(self, call: Call, next: Next) -> torch.Tensor:
+        self.found.append(self.method.block_mask(call))
+        return next(call)
+
+
 def _heads(method: Sparse, ready: Prepared) -> tuple[dict[str, BlockMask], str]:
     """What is drawn of a site, label -> mask of one head, and the order of the tokens in words."""
     order = RASTER if ready.order is None else f"`{ready.order.name}`"
@@ -160,9 +210,12 @@ def _heads(method: Sparse, ready: Prepared) -> tuple[dict[str, BlockMask], str]:
         names = [PERMUTATIONS[chosen] for chosen in ready.extra.chosen.tolist()]
         heads = {f"head {i}: {name}": _head(ready.mask, i) for i, name in enumerate(names)}
         return heads, "each head's own, the slowest axis first (T: frames, H: rows, W: columns)"
-    return {
-        f"head {i}": _head(ready.mask, i) for i in range(1 if _are_alike(ready.mask) else ready.mask.shape[1])
-    }, order
+    return _each(ready.mask), order
+
+
+def _each(mask: BlockMask) -> dict[str, BlockMask]:
+    """Label -> mask of one head; of the first alone where all are alike."""
+    return {f"head {i}": _head(mask, i) for i in range(1 if _are_alike(mask) else mask.shape[1])}
 
 
 def _head(mask: BlockMask, head: int) -> BlockMask:

@@ -245,6 +245,8 @@ def measured(
                 f"speed-up {most.speedup:.2f}, as this attention is {100 * most.share:.0f} % of the multiplications of "
                 "a dense step"
             )
+    if not there.heads:
+        there = blocks.chosen_again(loaded.model, seen, binding, layer) or there
     return rows, there.picture(), there.caption()
 
 
