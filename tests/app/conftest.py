@@ -31,7 +31,9 @@ FLAGS = [
 START, WAIT = 180, 120  # seconds: until the app answers; for anything in the page, the first load of a model included
 # Gradio closes the stream of events as a page is left, and where a run is still on its way, says so as an error.
 LEFT = "window.addEventListener('beforeunload', () => { console.error = () => {} })"
-COMMAND = "import typer; from steer_demos.app import app; typer.run(app)"
+# Tests that run in the background of a shell ignore ctrl-c, and so would what they start.
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+COMMAND = f"{CTRL_C}; import typer; from steer_demos.app import app; typer.run(app)"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
