@@ -338,7 +338,7 @@ def fresh_dynamo() -> Iterator[None]:
     [
         ("wan21", True),
         ("wan21", False),
-        ("hunyuan_video", False),
+        pytest.param("hunyuan_video", False, marks=pytest.mark.slow),
         ("cogvideox", True),
         *[
             pytest.param(name, True, marks=pytest.mark.slow)

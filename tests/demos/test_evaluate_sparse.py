@@ -101,6 +101,7 @@ def test_the_settings_have_about_the_same_density(name: str) -> None:
     assert density == pytest.approx(0.395, abs=0.02)
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(evaluate_sparse, "SEARCHED", 1)
     evaluate_command(prompts=2, steps=2, only="paro", output=tmp_path / "s.json", clips=tmp_path / "s.gif")
