@@ -224,3 +224,14 @@ def test_no_code_beside_a_pipeline_runs(folder: Path, part: str) -> None:
         )
     (model / "model_index.json").write_text(json.dumps(index))
     refused(folder, "pictures", "trust_remote_code|custom")
+
+
+def test_a_folder_of_the_host_is_named_as_the_visitor_named_it(tmp_path: Path) -> None:
+    language, tokenizer = models.load("emoji-vlm")
+    for part in (language, tokenizer):
+        part.save_pretrained(tmp_path / "mine")
+    stage = Stage(Sources(folders=(tmp_path,)))
+    with stage.holding("mine", "vision", Job()) as loaded:
+        assert loaded.name == "mine"
+    with stage.holding(str(tmp_path / "mine"), "vision", Job()) as again:
+        assert again is loaded

@@ -52,6 +52,7 @@ class Stage:
         self.sources = sources
         self._lock = threading.Lock()
         self._loaded: Loaded | None = None
+        self._source = ""  # what it was loaded from: a path of the host, which no visitor is shown
 
     @contextmanager
     def holding(self, name: str, kind: str, job: Job) -> Iterator[Loaded]:
@@ -80,7 +81,7 @@ class Stage:
 
     def _open(self, name: str, job: Job) -> Loaded:
         source = self.sources.open(name)
-        if self._loaded is not None and self._loaded.name == str(source):
+        if self._loaded is not None and self._source == str(source):
             return self._loaded
         job.step(0, 1, f"loading {name}")
         self._loaded = None  # first let go, then load: two models may not fit
@@ -88,7 +89,7 @@ class Stage:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         found = models.load(source, use_safetensors=True)
-        self._loaded = _loaded(str(source), found)
+        self._loaded, self._source = _loaded(name.strip(), found), str(source)
         job.check()
         return self._loaded
 
